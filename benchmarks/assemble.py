@@ -22,6 +22,7 @@ Ratios are of processor time.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -187,4 +188,5 @@ def rendered(image: PreparedImage) -> np.ndarray:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser().parse_args()  # it has none
     main()

@@ -10,6 +10,7 @@ cluster. Two gigabytes of disk and some three minutes.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from dataclasses import replace
@@ -97,4 +98,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser().parse_args()  # it has none
     main()

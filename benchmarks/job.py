@@ -18,6 +18,7 @@ runs.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import io
 import os
@@ -298,4 +299,5 @@ class Stages(Silent):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser().parse_args()  # it has none
     main()

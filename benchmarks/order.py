@@ -28,6 +28,7 @@ from the start of the run. ORDER.md holds the numbers.
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import resource
@@ -605,7 +606,9 @@ def _repeated(numbers: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--full-size"]:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--full-size", action="store_true", help="only the cost at full size")
+    if parser.parse_args().full_size:
         full_size()
     else:
         main()

@@ -32,6 +32,7 @@ one when 100 are there, its default, or when it is full. Rows "in order" do not 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import json
@@ -79,8 +80,13 @@ LINK_BYTES_PER_S = 100e6
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--small", action="store_true", help="pictures of 140 px")
+    parser.add_argument("contenders", nargs="*", help=f"of {', '.join(CONTENDERS)}")
+    names = parser.parse_args().contenders
+    if unknown := set(names) - set(CONTENDERS):
+        parser.error(f"unknown contenders: {', '.join(sorted(unknown))}")
     print(f"{machine()}\n")
-    names = [name for name in sys.argv[1:] if name != "--small"]
     contenders = [name for name in names or CONTENDERS if is_installed(name)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -17,6 +17,7 @@ first. Ratios are of the medians.
 
 from __future__ import annotations
 
+import argparse
 import os
 import resource
 import shutil
@@ -176,7 +177,10 @@ def report(cache: str, found: dict[str, tuple[list[float], list[float]]], num_by
 
 def num_shards() -> int:
     """Reads the number of shards off the command line."""
-    return int(sys.argv[1]) if len(sys.argv) > 1 else SHARDS
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shards", type=int, nargs="?", default=SHARDS)
+    num: int = parser.parse_args().shards
+    return num
 
 
 def num_new() -> int:

@@ -5,6 +5,7 @@ mid-run; and that run continued on two processes. Fails where a loss differs by 
 of a sum.
 """
 
+import argparse
 import os
 import re
 import signal
@@ -77,21 +78,12 @@ def drawn(whole, resumed):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser().parse_args()  # it has none
     with tempfile.TemporaryDirectory() as folder:
         shards, saved = Path(folder) / "shards", Path(folder) / "run.pt"
         make = [sys.executable, "-m", "preprocess", "shards", "pixmo_cap", "--source", "sample"]
-        make += [
-            "--limit",
-            "64",
-            "--workers",
-            "1",
-            "--image-size",
-            "112",
-            "--out",
-            shards,
-            "--cache",
-            folder,
-        ]
+        make += ["--limit", "64", "--workers", "1", "--image-size", "112"]
+        make += ["--out", shards, "--cache", folder]
         subprocess.run([*map(str, make)], check=True, cwd=ROOT)
         whole = train(shards)
         train(shards, "--checkpoint", saved, "--save-every", SAVED, killed=KILLED)

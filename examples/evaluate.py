@@ -11,8 +11,8 @@ goes. With a second argument the predictions are written there as JSON lines, fo
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -72,4 +72,8 @@ class RandomModel(torch.nn.Module):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shards")
+    parser.add_argument("out", nargs="?", default="", help="file for the predictions")
+    options = parser.parse_args()
+    main(options.shards, options.out)

@@ -9,6 +9,14 @@ Its workflow makes the trainer in the same way; only dataset and collator are th
 import argparse
 import os
 
+parser = argparse.ArgumentParser()
+parser.add_argument("shards")
+parser.add_argument("model", help="folder or hub id; the MODEL= of the shards")
+parser.add_argument("--random", action="store_true", help="train from random weights")
+parser.add_argument("--steps", type=int, default=8)
+parser.add_argument("--out", default="runs/llamafactory")
+options = parser.parse_args()
+
 import torch
 from llamafactory.hparams import FinetuningArguments, TrainingArguments
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
@@ -17,14 +25,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from loader import StreamingDataset, make_dataloader
 from loader.integrations import hf
-
-parser = argparse.ArgumentParser()
-parser.add_argument("shards")
-parser.add_argument("model", help="folder or hub id; the MODEL= of the shards")
-parser.add_argument("--random", action="store_true", help="train from random weights")
-parser.add_argument("--steps", type=int, default=8)
-parser.add_argument("--out", default="runs/llamafactory")
-options = parser.parse_args()
 
 set_seed(0)
 kind = AutoModelForImageTextToText

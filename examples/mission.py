@@ -7,6 +7,7 @@ workers: the slow and simple way, to begin with and to debug with. `make shards`
 settings does the preparing once; then `loader.StreamingDataset` gives the same examples.
 """
 
+import argparse
 import functools
 
 import torch
@@ -94,4 +95,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser().parse_args()  # it has none
     main()

@@ -20,19 +20,23 @@ import torch.distributed as dist
 
 from loader import IterableDatasetMixture, StreamingDataset, make_dataloader
 
+
+def weighted(text):
+    url, weight = text.rsplit("=", 1)
+    return url, float(weight)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("shards", nargs="+", help="URL=WEIGHT of each dataset")
+    parser.add_argument("shards", nargs="+", type=weighted, help="URL=WEIGHT of each dataset")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/mixture.pt"))
     options = parser.parse_args()
-
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     rank = dist.get_rank() if dist.is_initialized() else 0
-    urls, weights = zip(*(each.rsplit("=", 1) for each in options.shards), strict=True)
-    datasets = [StreamingDataset(url) for url in urls]
-    mixture = IterableDatasetMixture(datasets, weights=[float(each) for each in weights], seed=42)
+    urls, weights = zip(*options.shards, strict=True)
+    mixture = IterableDatasetMixture([*map(StreamingDataset, urls)], weights=weights, seed=42)
     settings = {"sequence_length": 2048, "pack": True, "metadata": True}
     loader = make_dataloader(mixture, global_batch_size=4, **settings)
     if options.checkpoint.exists():
@@ -46,9 +50,8 @@ if __name__ == "__main__":
             dist.barrier()  # as the gradients of a model would wait for each other here
         if rank == 0 and loader.step % 2 == 0:
             options.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = options.checkpoint.with_suffix(".part")
-            torch.save(loader.state_dict(), unfinished)
-            unfinished.replace(options.checkpoint)
+            torch.save(loader.state_dict(), unfinished := f"{options.checkpoint}.part")
+            os.replace(unfinished, options.checkpoint)
         if loader.step >= options.steps:
             break
     for name, count in sorted(counts.items()):

@@ -6,7 +6,7 @@
 Prints the answers of each sample as they are stored, and as two epochs of training see them.
 """
 
-import sys
+import argparse
 
 import numpy as np
 
@@ -46,15 +46,15 @@ def answers(url, augment, *, epochs):
     for _ in range(epochs):
         for batch in loader:
             for row, labels in zip(batch["metadata"], batch["labels"], strict=True):
-                text = decode(labels[labels != -100].tolist())
-                found.setdefault(row["key"], []).append(text)
+                found.setdefault(row["key"], []).append(decode(labels[labels != -100].tolist()))
     return found
 
 
 if __name__ == "__main__":
-    stored = answers(sys.argv[1], Shift(0), epochs=1)
-    moved = answers(sys.argv[1], Shift(0.1), epochs=2)
-    for key, (text,) in stored.items():
-        print(f"{key}\n  stored: {text}")
-        for epoch, other in enumerate(moved[key]):
-            print(f"  epoch {epoch}: {other}")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shards")
+    shards = parser.parse_args().shards
+    moved = answers(shards, Shift(0.1), epochs=2)
+    for key, (text,) in answers(shards, Shift(0), epochs=1).items():
+        told = [f"epoch {epoch}: {other}" for epoch, other in enumerate(moved[key])]
+        print(key, f"stored: {text}", *told, sep="\n  ")

@@ -7,8 +7,8 @@
 The first command makes shards, the second prints what is in a batch of them.
 """
 
+import argparse
 import math
-import sys
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -46,7 +46,9 @@ class Clocks(DatasetBase):
 if __name__ == "__main__":
     from loader import StreamingDataset, make_dataloader  # of training, not of the class
 
-    dataset = StreamingDataset(sys.argv[1], seed=42)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shards")
+    dataset = StreamingDataset(parser.parse_args().shards, seed=42)
     print(f"{dataset.num_samples} samples")
     loader = make_dataloader(dataset, global_batch_size=4, sequence_length=512)
     for name, tensor in next(iter(loader)).items():

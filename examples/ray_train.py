@@ -7,6 +7,12 @@ import argparse
 import tempfile
 from pathlib import Path
 
+parser = argparse.ArgumentParser()
+parser.add_argument("shards")
+for name, value in dict(workers=1, steps=8, out="runs/ray").items():
+    parser.add_argument(f"--{name}", type=type(value), default=value)
+options = parser.parse_args()
+
 import torch
 from model import VisionLanguageModel
 from ray import train
@@ -47,14 +53,8 @@ def loop(config: dict) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("shards")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", default="runs/ray")
-    options = parser.parse_args()
     config = {"shards": str(Path(options.shards).resolve()), "steps": options.steps}
     run = train.RunConfig(name="run", storage_path=str(Path(options.out).resolve()))
-    size, group = train.ScalingConfig(num_workers=options.workers), TorchConfig(backend="gloo")
-    settings = {"scaling_config": size, "run_config": run, "torch_config": group}
-    TorchTrainer(loop, train_loop_config=config, **settings).fit()
+    size = train.ScalingConfig(num_workers=options.workers)
+    settings = {"run_config": run, "torch_config": TorchConfig(backend="gloo")}
+    TorchTrainer(loop, train_loop_config=config, scaling_config=size, **settings).fit()

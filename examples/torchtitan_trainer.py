@@ -3,8 +3,15 @@
 torchrun --nproc_per_node=1 examples/torchtitan_trainer.py shards/captions model-folder 8 runs/titan
 """
 
-import sys
+import argparse
 from dataclasses import dataclass
+
+parser = argparse.ArgumentParser()
+parser.add_argument("shards")
+parser.add_argument("model", help="folder; the MODEL= of the shards")
+parser.add_argument("steps", type=int)
+parser.add_argument("out")
+options = parser.parse_args()
 
 import torch
 from torchtitan.components import checkpoint, dataloader, loss, metrics, optimizer
@@ -18,8 +25,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from loader import StreamingDataset, make_dataloader
 from loader.integrations import DistributedState
-
-shards, folder, steps, out = sys.argv[1:]
 
 
 class Loader(dataloader.BaseDataLoader):
@@ -51,7 +56,7 @@ class Model(BaseModel):
     def __init__(self, config):
         super().__init__()
         with torch.device("cpu"):  # torchtitan's own are made on "meta", and get weights later
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(options.model)
             self.model = AutoModelForImageTextToText.from_config(config)
         self.to_empty = lambda device: self.to(device)
         self.verify_module_protocol = self.init_weights = lambda **_: None
@@ -69,11 +74,11 @@ trainer = Trainer.Config(
         parallelize_fn=lambda model, **_: model,  # where FSDP and the like would be applied
         **dict.fromkeys(("pipelining_fn", "post_optimizer_build_fn", "state_dict_adapter")),
     ),
-    dataloader=Loader.Config(dataset_path=shards),
+    dataloader=Loader.Config(dataset_path=options.shards),
     loss=loss.CrossEntropyLoss.Config(),
     optimizer=optimizer.default_adamw(lr=1e-3),
     training=TrainingConfig(
-        local_batch_size=4, seq_len=2048, steps=int(steps), disable_cuda_graphs=True
+        local_batch_size=4, seq_len=2048, steps=options.steps, disable_cuda_graphs=True
     ),
     lr_scheduler=optimizer.LRSchedulersContainer.Config(warmup_steps=0, decay_ratio=0),
     checkpoint=checkpoint.CheckpointManager.Config(
@@ -81,8 +86,8 @@ trainer = Trainer.Config(
     ),
     metrics=metrics.MetricsProcessor.Config(log_freq=1),
     debug=DebugConfig(seed=0),
-    hf_assets_path=folder,
-    dump_folder=out,
+    hf_assets_path=options.model,
+    dump_folder=options.out,
 ).build()
 trainer.train()
 trainer.close()

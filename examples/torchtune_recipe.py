@@ -4,12 +4,18 @@ make shards DATASET=pixmo_cap SOURCE=sample MODEL=Qwen/Qwen2-VL-2B-Instruct OUT=
 python examples/torchtune_recipe.py shards/captions folder-of-the-model recipe.yaml
 """
 
+import argparse
 import contextlib
 import runpy
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+
+parser = argparse.ArgumentParser()
+parser.add_argument("shards")
+parser.add_argument("model", help="folder; the MODEL= of the shards")
+parser.add_argument("recipe", help="YAML file")
+options = parser.parse_args()
 
 import torch
 from omegaconf import OmegaConf
@@ -21,7 +27,6 @@ from loader.integrations import SteadyPasses
 # torchtune installs recipes as files, to be copied: they cannot be imported.
 recipes = Path(find_spec("torchtune").origin).parents[1] / "recipes"
 stock = runpy.run_path(str(recipes / "full_finetune_single_device.py"))
-shards, folder, path = sys.argv[1:]
 
 
 class Recipe(stock["FullFinetuneRecipeSingleDevice"]):
@@ -36,14 +41,14 @@ class Recipe(stock["FullFinetuneRecipeSingleDevice"]):
 
     def _setup_model(self, *, model_state_dict, **_):
         self.activations_handling_ctx = contextlib.nullcontext()
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(options.model))
         if model_state_dict is not None:  # weights of a trained model: from_pretrained(folder)
             model.load_state_dict(model_state_dict)
         model.register_forward_hook(lambda _, inputs, output: output.logits)  # noqa: ARG005
         return model.to(self._device, self._dtype)
 
     def _setup_data(self, *, batch_size, dataloader_state_dict=None, **_):
-        dataset = StreamingDataset(shards, seed=0)
+        dataset = StreamingDataset(options.shards, seed=0)
         loader = make_dataloader(dataset, global_batch_size=batch_size, sequence_length=2048)
         passes = SteadyPasses(loader, steps=self.max_steps_per_epoch)
         passes.sampler = SimpleNamespace(set_epoch=lambda _: None)
@@ -57,7 +62,7 @@ class Recipe(stock["FullFinetuneRecipeSingleDevice"]):
         torch.save(state, self.path)
 
 
-config = OmegaConf.load(path)
+config = OmegaConf.load(options.recipe)
 recipe = Recipe(config)
 recipe.setup(config)
 recipe.train()

@@ -9,6 +9,8 @@ from lossless shards equals, bit for bit, the one that is made here.
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from model import VisionLanguageModel
 from torch.utils.data import DataLoader
@@ -72,4 +74,5 @@ def make_model(tokenizer: Tokenizer) -> VisionLanguageModel:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser().parse_args()  # it has none
     main()
