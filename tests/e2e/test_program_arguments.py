@@ -14,7 +14,7 @@ PROGRAMS = [
 PROGRAMS = sorted(file.relative_to(ROOT) for file in PROGRAMS if file.name not in MODULES)
 # Importing these trainers takes seconds.
 SLOW = {"dataset_and_collator.py", "hf_trainer.py", "plain_loop.py"}
-SLOW |= {"accelerate_loop.py", "lightning_fit.py"}
+SLOW |= {"accelerate_loop.py", "lightning_fit.py", "parallel.py"}
 WANTING = ["s3_cache.py shards", "mixture.py shards", "train.py shards --steps many"]
 
 
