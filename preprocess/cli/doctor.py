@@ -42,6 +42,7 @@ PACKAGES = {
     "isal": "fast",
     "av": "video",
     "pypdfium2": "documents",
+    "vl-convert-python": "",
 }
 """Packages, and the extra that brings each."""
 

@@ -103,7 +103,7 @@ class Counts:
         return self.total / max(1, self.count)
 
     def quantile(self, share: float) -> int:
-        """Gives the value below which a share of the values is, to the width of a bin.
+        """Gives the least value with a share of the values up to it, to the width of a bin.
 
         >>> counts = Counts()
         >>> counts.add(np.arange(101))
@@ -152,11 +152,13 @@ class BarChart:
 
 
 def histogram_chart(title: str, counts: Counts, *, unit: str, note: str = "") -> Markup:
-    """Draws counts as bars, with their mean and quantiles."""
+    """Draws counts as bars, with their mean and quantiles; of a single value, there is a text."""
+    if counts.count and counts.least == counts.most:
+        return _text_only(title, f"{counts.count:,} {unit}, each {counts.least:,}. {note}".strip())
     bars = counts.bars()
     told = (
         f"{counts.count:,} {unit}: {counts.least:,} to {counts.most:,}, mean {counts.mean:,.1f}, "
-        f"half below {counts.quantile(0.5):,}, 95 % below {counts.quantile(0.95):,}."
+        f"median {counts.quantile(0.5):,}, 95th percentile {counts.quantile(0.95):,}."
     )
     return bar_chart(
         BarChart(
@@ -172,9 +174,7 @@ def histogram_chart(title: str, counts: Counts, *, unit: str, note: str = "") ->
 def bar_chart(chart: BarChart) -> Markup:
     """Draws a chart, with its numbers in a table that opens below it."""
     if not chart.bars:
-        return element(
-            "div", element("h3", chart.title), element("p", "None.", class_="meta"), class_="chart"
-        )
+        return _text_only(chart.title, "None.")
     rows = [(name, f"{count:,}") for name, count in chart.bars]
     numbers = element(
         "details",
@@ -189,6 +189,10 @@ def bar_chart(chart: BarChart) -> Markup:
         numbers,
         class_="chart",
     )
+
+
+def _text_only(title: str, text: str) -> Markup:
+    return element("div", element("h3", title), element("p", text, class_="meta"), class_="chart")
 
 
 def _ticks(bars: Sequence[Bar]) -> dict[float, str]:

@@ -129,10 +129,9 @@ def _pictures(sample: Sample, reader: SampleReader) -> list[Child]:
         number = f" {i + 1} of {len(sample.images)}" if len(sample.images) > 1 else ""
         view = f"view {views[i]}; " if i < len(views) else ""
         named = sorted({mark.label for mark in own if mark.label})
-        marked = (
-            (f", {len(own)} marked" + (f": {', '.join(named)}" if named else "")) if own else ""
-        )
-        marked = (f", {len(page)} words" if page else "") + marked
+        marked = f"; {len(page)} words" if page else ""
+        if own:
+            marked += f"; {len(own)} marked" + (f": {', '.join(named)}" if named else "")
         shown.append(
             drawing(
                 uri,
@@ -141,7 +140,7 @@ def _pictures(sample: Sample, reader: SampleReader) -> list[Child]:
                 shapes,
                 alt=f"Picture{number} of sample {sample.key}, {view}{size} pixels, {told}{marked}",
                 caption=f"{view}{size}, stored as {stored}, {len(image.payload):,} bytes; {told}; "
-                f"may change: {geometry.lower().replace('|', ', ')}{marked}",
+                f"augmentation: {geometry.lower().replace('|', ', ')}{marked}",
             )
         )
     if len(shown) > 2:

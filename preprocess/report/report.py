@@ -344,7 +344,7 @@ def _styles(found: Survey, texts: TextCounts) -> list[Child]:
         )
 
     rows = [row(n, each.tokens, each.loss_tokens, each.variants) for n, each in shown]
-    head = ["style", "exchanges", "tokens, mean", "half below", "95 % below", "most"]
+    head = ["style", "exchanges", "tokens, mean", "median", "95th percentile", "most"]
     head += ["under loss, mean", "variants, mean"]
     charts = [
         histogram_chart(f"Tokens of an exchange: {name}", each.tokens, unit="exchanges")

@@ -96,5 +96,11 @@ def test_charts_say_the_same_each_time_and_have_nothing_that_must_be_once_on_a_p
     assert not re.search(" (id|style)=|href=|<style|<script|url\\(", picture)
 
 
+def test_a_single_value_is_said_and_not_drawn():
+    chart = histogram_chart("Crops", counted([2] * 256), unit="samples")
+    assert chart.count("<svg") == 0
+    assert "256 samples, each 2." in chart
+
+
 def test_empty_chart_says_so():
     assert "None." in bar_chart(BarChart(title="Nothing", unit="x", bars=[], ticks=()))
