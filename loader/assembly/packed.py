@@ -107,14 +107,17 @@ def fitting(
 ) -> list[_Draft]:
     """Leaves out substitutes that are longer than the samples they replace, until all fit.
 
-    Packs are planned for the longest draws, so only substitutes can be too long. The first
-    draft always stays.
+    Packs are planned for the longest draws, so only substitutes can be too long: a sample with more
+    crops than a pack may have is planned beside samples without any. One draft always stays, and
+    so do all that are no substitutes: nobody would notice what is left out of them.
     """
     kept = list(drafts)
-    while len(kept) > 1 and (
-        sum(draft.num_tokens for draft in kept) > sequence_length
-        or (max_crops is not None and sum(draft.num_crops for draft in kept) > max_crops)
-    ):
-        substitutes = [e for e in range(1, len(kept)) if kept[e].substitutes is not None]
-        del kept[substitutes[-1] if substitutes else -1]
+    substitutes = [e for e, draft in enumerate(drafts) if draft.substitutes is not None]
+    crops = [draft.num_crops for draft in drafts if draft.substitutes is None]
+    most_crops = None if max_crops is None else max(max_crops, *crops, 0)
+    while len(kept) > 1 and substitutes:
+        fits = sum(draft.num_tokens for draft in kept) <= sequence_length
+        if fits and (most_crops is None or sum(d.num_crops for d in kept) <= most_crops):
+            break
+        del kept[substitutes.pop()]
     return kept

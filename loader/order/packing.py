@@ -89,9 +89,8 @@ def plan_window(
     """Packs one window of samples.
 
     Args:
-      tokens: int [n], tokens of each sample, >= 0. A sample over the limit fills a pack alone;
-        `too_long` names those.
-      crops: int [n], crops of each sample, >= 0.
+      tokens: int [n], tokens of each sample, >= 0. A sample over the limit fills a pack alone.
+      crops: int [n], crops of each sample, >= 0. One over the limit has all crops of its pack.
       config: The limits.
       num_carried: The first so many samples come from the window before and leave with this one.
       last: Carry nothing.
@@ -435,12 +434,6 @@ class PackStream:
         key = int(keyed_array(self._config.seed, _KEY_PACKS, self._stream, run)[0])
         packs = plan_run(tokens, crops, config=self._config, key=key)
         return [start + pack for pack in packs]
-
-
-def too_long(tokens: np.ndarray, crops: np.ndarray, *, config: PackConfig) -> np.ndarray:
-    """Flags the samples that exceed a pack by themselves: bool [n]. They will be cut."""
-    flags: np.ndarray = tokens > config.sequence_length
-    return flags if config.max_crops is None else flags | (crops > config.max_crops)
 
 
 def balance_ranks(

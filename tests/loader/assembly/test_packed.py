@@ -195,5 +195,16 @@ def test_substitutes_that_do_not_fit_are_left_out(drafts):
     assert fitting(parts, sequence_length=total, max_crops=3) == parts
     kept = fitting(parts, sequence_length=total - 1, max_crops=3)
     assert [part.key for part in kept] == ["sample-0001", "sample-0002"]
-    assert len(fitting(parts, sequence_length=1, max_crops=None)) == 1
-    assert len(fitting(parts, sequence_length=total, max_crops=1)) == 1
+    parts[0].substitutes = {"sample": 8, "reason": "sample_crc"}
+    assert fitting(parts, sequence_length=1, max_crops=None) == [parts[2]]
+    for part in parts:
+        part.substitutes = {"sample": 8, "reason": "sample_crc"}
+    assert fitting(parts, sequence_length=1, max_crops=None) == [parts[0]]
+
+
+def test_samples_are_never_left_out_for_crops_that_one_of_them_has_alone(drafts):
+    parts = drafts()[1:]
+    total = sum(part.num_tokens for part in parts)
+    assert fitting(parts, sequence_length=total, max_crops=1) == parts
+    parts[0].substitutes = {"sample": 9, "reason": "sample_crc"}
+    assert fitting(parts, sequence_length=total, max_crops=1) == parts

@@ -14,7 +14,6 @@ from loader.order.packing import (
     count_runs,
     plan_run,
     plan_window,
-    too_long,
 )
 from loader.order.permutation import keyed_array, permute
 from shardspec.errors import ConfigError
@@ -192,14 +191,11 @@ def test_packs_come_in_no_order_of_length():
     assert [tuple(pack) for pack in plan.packs] != [tuple(pack) for pack in other.packs]
 
 
-def test_sample_over_the_limit_is_flagged_and_has_a_pack_of_its_own():
+def test_sample_over_the_limit_has_a_pack_of_its_own():
     tokens, crops = np.array([50, 300, 40]), np.array([1, 1, 20])
     config = PackConfig(sequence_length=100, max_crops=10)
-    assert too_long(tokens, crops, config=config).tolist() == [False, True, True]
     packs = plan_run(tokens, crops, config=config)
     assert sorted(pack.tolist() for pack in packs) == [[0], [1], [2]]
-    unlimited = PackConfig(sequence_length=100)
-    assert too_long(tokens, crops, config=unlimited).tolist() == [False, True, False]
 
 
 def test_packs_are_the_ones_of_the_first_release():
