@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch.distributed
@@ -184,10 +185,42 @@ def _number(text: str, names: tuple[str, str]) -> int:
         raise ConfigError("rank.environment", names=" and ".join(names), got=text[:40]) from error
 
 
+def _contradictions(
+    found: Topology, source: str, environ: Mapping[str, str]
+) -> list[tuple[str, Topology]]:
+    """Lists what other launchers say, where it cannot be meant.
+
+    A launcher that starts another one has at most as many processes. torchrun numbers them anew;
+    whoever sets RANK by hand sets that of the launcher.
+    """
+    names = [launcher.name for launcher in _LAUNCHERS]
+    if source not in names:
+        return []
+    others = []
+    for launcher in _LAUNCHERS:
+        other = None
+        with suppress(ConfigError):  # nobody asked for its numbers
+            other = _launched(launcher, environ) if launcher.name != source else None
+        if other is None or other.world_size < found.world_size:
+            continue
+        renumbered = source != "torchrun" or "TORCHELASTIC_RUN_ID" in environ
+        same_size = other.world_size == found.world_size
+        if not same_size or (other.rank != found.rank and not renumbered):
+            others.append((launcher.name, other))
+    return others
+
+
 def _log(found: Topology, source: str) -> None:
     number, count = found.rank, found.world_size
     if source:
         logger.info("reading as rank %d of %d, from %s", number, count, source)
+        for name, other in _contradictions(found, source, os.environ):
+            logger.warning(
+                "reading as rank %d of %d, as the variables of %s say, but %s started this process "
+                "as rank %d of %d: where these train together, they read the same samples; unset "
+                "what is left over of another run, or pass rank= and world_size=",
+                *(number, count, source, name, other.rank, other.world_size),
+            )
         return
     for rank, world_size in _LEFT_OVER:
         if os.environ.get(world_size, "1") != "1" and rank in os.environ:
@@ -196,6 +229,19 @@ def _log(found: Topology, source: str) -> None:
                 "torch.distributed is not initialised; otherwise pass rank= and world_size=",
                 world_size,
                 os.environ[world_size],
+            )
+            return
+    for launcher in _LAUNCHERS:
+        given = [n for n in (launcher.rank, launcher.world_size) if n in os.environ]
+        # Batch scripts of Slurm have SLURM_PROCID alone; a world of one process needs no rank.
+        alone = launcher.name == "srun" or os.environ.get(launcher.world_size) == "1"
+        if len(given) == 1 and not alone:
+            logger.warning(
+                "reading as the only rank: %s=%s is set, without %s; set both, or pass rank= and "
+                "world_size=",
+                given[0],
+                os.environ[given[0]],
+                *({launcher.rank, launcher.world_size} - {*given}),
             )
             return
     logger.info("reading as the only rank: no process group, no launcher")

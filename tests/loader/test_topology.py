@@ -102,6 +102,72 @@ def test_half_an_environment_says_nothing(name, monkeypatch):
     assert find_topology() == Topology()
 
 
+def logged(caplog):
+    with caplog.at_level(logging.INFO, logger="loader.topology"):
+        topology = CurrentTopology()
+        found = [topology.settle() for _ in range(3)]
+    assert found[0] == found[1] == found[2]
+    return found[0], [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", *OPEN_MPI, *HYDRA])
+@pytest.mark.parametrize("beside", [{}, {"MASTER_ADDR": "node7"}])
+def test_half_an_environment_is_warned_of(name, beside, monkeypatch, caplog):
+    set_all(monkeypatch, **beside, **{name: 4})
+    found, (warning,) = logged(caplog)
+    assert found == Topology()
+    assert f"{name}=4 is set, without " in warning
+
+
+@pytest.mark.parametrize(
+    "variables", [{}, {"WORLD_SIZE": 1}, {"SLURM_PROCID": 0, "SLURM_JOB_ID": 7}, {"PMI_SIZE": 1}]
+)
+def test_one_process_alone_is_not_warned_of(variables, monkeypatch, caplog):
+    set_all(monkeypatch, **variables)
+    assert logged(caplog) == (Topology(), [])
+
+
+SMALL = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}
+"""What is left over of a run on one process."""
+
+
+@pytest.mark.parametrize(
+    "inner, outer, by",
+    [
+        (SMALL, OPEN_MPI, "mpirun"),
+        (SMALL, SRUN, "srun"),
+        ({**SMALL, "TORCHELASTIC_RUN_ID": "none"}, SRUN, "srun"),  # torchrun without --nnodes
+        ({**ENV_STORE, "RANK": 0}, OPEN_MPI, "mpirun"),
+        ({**ENV_STORE, "RANK": 0}, SRUN, "srun"),
+        ({"OMPI_COMM_WORLD_RANK": 0, "OMPI_COMM_WORLD_SIZE": 1}, SRUN, "srun"),
+    ],
+)
+def test_launchers_that_contradict_each_other_are_warned_of(inner, outer, by, monkeypatch, caplog):
+    set_all(monkeypatch, **outer)
+    set_all(monkeypatch, **inner)
+    found, (warning,) = logged(caplog)
+    assert found.rank == 0
+    assert f"but {by} started this process as rank 3 of 8" in warning
+
+
+@pytest.mark.parametrize(
+    "inner, outer",
+    [
+        (ELASTIC, {**SRUN, "SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1}),
+        ({**ELASTIC, "RANK": 5}, SRUN),  # its rendezvous numbers the nodes in any sequence
+        ({**ENV_STORE, "RANK": 5}, {"OMPI_COMM_WORLD_RANK": 1, "OMPI_COMM_WORLD_SIZE": 2}),
+        (ENV_STORE, SRUN),  # set from Slurm's
+        (OPEN_MPI, {**SRUN, "SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1}),
+        (OPEN_MPI, HYDRA),
+        (SMALL, {**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "first"}),
+    ],
+)
+def test_launchers_within_each_other_are_not_warned_of(inner, outer, monkeypatch, caplog):
+    set_all(monkeypatch, **outer)
+    set_all(monkeypatch, **inner)
+    assert logged(caplog)[1] == []
+
+
 def test_what_is_not_a_number_is_refused_with_the_variables(monkeypatch):
     set_all(monkeypatch, **{**ELASTIC, "RANK": "first"})
     with pytest.raises(ConfigError, match="RANK and WORLD_SIZE") as caught:
