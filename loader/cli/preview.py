@@ -372,7 +372,7 @@ def _mask(row: _Row, number: int) -> Markup:
     picture = figure(
         pixels,
         alt=f"Attention mask of row {number}: of all pairs of tokens, {share:.0%} are seen",
-        caption="rows are queries, columns keys; blue is seen, dark grey is padding",
+        caption="rows are queries, columns keys; seen: blue, not seen: pale, padding: grey",
         longest_px=256,
     )
     return element("details", element("summary", f"Attention mask of row {number}"), picture)

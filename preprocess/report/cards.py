@@ -244,11 +244,13 @@ def _texts(sample: Sample, tokenizer: Tokenizer) -> list[Child]:
         ids = [tuple(sample.tokens[row[3] : row[4]].tolist()) for row in rows]
         responses = [tuple(sample.tokens[row[5] : row[6]].tolist()) for row in rows]
         several = "1 variant" if len(rows) == 1 else f"{len(rows)} variants"
-        answers = list(dict.fromkeys(responses))
+        prompts, answers = list(dict.fromkeys(ids)), list(dict.fromkeys(responses))
+        if not any(answers) and not any(tokenizer.decode(list(run)).strip() for run in prompts):
+            continue  # a line break of a chat template after the last answer
         shown += [
             element("h4", f"{title}: {several}{weighed}"),
-            _variants("Prompt", list(dict.fromkeys(ids)), tokenizer),
-            _variants("Answer", answers, tokenizer),
+            _variants("Prompt", prompts, tokenizer),
+            _variants("Answer", answers, tokenizer) if any(answers) else None,
             element(
                 "details",
                 element("summary", f"Tokens of the first variant, {title.lower()}"),

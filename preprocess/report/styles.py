@@ -45,9 +45,12 @@ def count_texts(samples: Iterable[Sample]) -> TextCounts:
         for _, branch, turn, a, b, c, d, _ in text_rows(sample.spans).tolist():
             exchanges.setdefault((branch, turn), []).append((b - a + d - c, d - c))
         num_branches = 1 + max((branch for branch, _ in exchanges), default=-1)
+        answered = {at[0] for at, texts in exchanges.items() if any(loss for _, loss in texts)}
         for (branch, _), variants in exchanges.items():
-            style = _style(sample.record.get("message_list"), branch, num_branches)
             tokens, loss = max(variants)
+            if branch in answered and not loss:
+                continue  # what a chat template has after the last answer
+            style = _style(sample.record.get("message_list"), branch, num_branches)
             counts = found.styles.setdefault(style, StyleCounts())
             counts.tokens.add(np.array([tokens]))
             counts.loss_tokens.add(np.array([loss]))

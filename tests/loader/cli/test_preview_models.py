@@ -104,5 +104,9 @@ def test_report_of_a_dataset_for_a_model_says_its_tokens(chats, tmp_path):
     page = checked(out.read_text())
     assert "Tokens of the pictures of a sample" in page.text
     assert "Crops of a sample" not in page.text
+    # After the last answer a template has a line break, which is no exchange.
+    assert "exchange 1" in page.text
+    assert "exchange 2" not in page.text
+    assert "3 exchanges: " in page.text
     # 2 x 3 tokens of 28 x 28 pixels each, or as many as the smallest picture has.
     assert re.search(r"\d+ image tokens at \d+×\d+", page.all("svg")[-1]["aria-label"] + page.text)
