@@ -14,7 +14,7 @@ from preprocess.fetch.blobs import (
     read_ledger,
     redact,
 )
-from preprocess.fetch.download import fetch_all
+from preprocess.fetch.download import fetch_all, image_fault
 from preprocess.fetch.hosts import host_key, host_of
 from preprocess.fetch.placeholders import mark_placeholders
 from preprocess.fetch.policy import FetchPolicy
@@ -30,6 +30,7 @@ __all__ = [
     "fetch_all",
     "host_key",
     "host_of",
+    "image_fault",
     "mark_placeholders",
     "read_ledger",
     "redact",

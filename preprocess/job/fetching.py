@@ -25,6 +25,7 @@ from preprocess.fetch import (
     encode_results,
     fetch_all,
     host_key,
+    image_fault,
     read_ledger,
     redact,
 )
@@ -37,6 +38,10 @@ from shardspec.errors import StorageError
 
 WHOLE = Part(index=0, count=1)
 """Of a job without parts."""
+
+READ_BYTES_PER_URL = 100_000
+"""Length of another dataset's ledger that is read for each URL that is not known: some 250 lines,
+which take as long as a request of one."""
 
 LOCK_WAIT_S = 60
 """How long a task waits for the ledger that an earlier attempt at it holds."""
@@ -121,6 +126,7 @@ def fetch_images(
     report.stage("fetch", len(set(urls)))
     with Ledger(job.ledger_path()) as ledger:
         _copy_known(job, ledger, urls)
+        _copy_images(job, ledger, urls)
         if engine is None or engine.is_local:
             return context.fetch(urls, ledger, job.blobs, report.step)
         _fetch_on_nodes(job, urls, ledger, context, report, engine, cache_token, mark)
@@ -233,3 +239,27 @@ def _copy_known(job: Job, ledger: Ledger, urls: Sequence[str]) -> None:
         for name in sorted(wanted & known.keys()):
             ledger.append(known[name])
         wanted -= known.keys()
+
+
+def _copy_images(job: Job, ledger: Ledger, urls: Sequence[str]) -> None:
+    """Takes over the images that other datasets have; their failures may not be this one's."""
+    for path in job.foreign_ledger_paths():
+        wanted = {name for name in map(redact, urls) if ledger.get(name) is None}
+        if path.stat().st_size > len(wanted) * READ_BYTES_PER_URL:
+            continue
+        known: dict[str, FetchResult] = {}
+        with suppress(StorageError):  # a damaged one is told to who needs it
+            known = read_ledger(path)
+        for name in sorted(wanted & known.keys()):
+            if known[name].status == "ok" and _is_usable(job, known[name]):
+                ledger.append(known[name])
+
+
+def _is_usable(job: Job, known: FetchResult) -> bool:
+    """Whether the dataset would have kept what another has downloaded."""
+    if known.reason or known.sha256 is None or not job.blobs.has(known.sha256):
+        return False
+    with suppress(StorageError):  # damaged: it is requested
+        body = job.blobs.get(known.sha256)
+        return not image_fault(body, limits=job.settings.recipe.image.limits)
+    return False

@@ -605,6 +605,13 @@ class Job:
         ]
         return sorted(path for path in found if path.exists() and path != self.ledger_path())
 
+    def foreign_ledger_paths(self) -> list[Path]:
+        """Lists the ledgers of other datasets that this machine sees."""
+        folder = self.local_cache / "ledgers"
+        own = {self.ledger_path(), *self.other_ledger_paths()}
+        found = [*folder.glob("*.jsonl"), *(folder / NODES_FOLDER).glob("*.jsonl")]
+        return sorted(path for path in found if path not in own)
+
 
 def local_cache(cache: str) -> Path:
     """Names the folder for what a machine keeps of an image cache: its own, if that is a folder."""

@@ -569,6 +569,18 @@ def test_hosts_are_dealt_and_no_url_is_requested_by_two_parts(tmp_path, urls):
     assert requests == []
 
 
+def test_images_that_another_dataset_has_are_not_requested(tmp_path, urls):
+    source, requests = urls
+    one = run_job(url_job(tmp_path, source), Quiet()).result.sha256
+    ledgers = tmp_path / "cache" / "ledgers"
+    (ledgers / "pixmo_cap.jsonl").rename(ledgers / "another.jsonl")
+    requests.clear()
+    again = url_job(tmp_path, source, out=str(tmp_path / "again"))
+    assert run_job(again, Quiet()).result.sha256 == one
+    # What has failed for another may be what this one takes.
+    assert {int(url.rpartition("/")[2].partition(".")[0]) % 11 for _, url in requests} == {3}
+
+
 def test_a_part_that_waits_for_the_downloads_of_one_that_never_started_names_it(tmp_path, urls):
     source, _ = urls
     for index in (0, 2):
