@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Annotated
 
@@ -88,7 +88,25 @@ def reshard_settings(options: argparse.Namespace) -> ReshardSettings:
         raise ConfigError("reshard_settings.condition")
     if options.verb == "split" and settings.into is None:
         raise ConfigError("reshard_settings.into")
+    _require_used(settings)
     return settings
+
+
+def _require_used(settings: ReshardSettings) -> None:
+    """Refuses what would be ignored beside other settings."""
+    usual = {each.name: each.default for each in fields(ReshardSettings)}
+    if settings.order != "shuffle" and settings.seed != usual["seed"]:
+        beside, remedy = f"--order {settings.order}", "use --order shuffle"
+        raise ConfigError("reshard_settings.unused", name="seed", beside=beside, remedy=remedy)
+    if settings.num_shards is None:
+        return
+    ignored = {
+        "shard-size": settings.shard_bytes != usual["shard_bytes"],
+        "nodes, --ranks, --workers": settings.cluster is not None,
+    }
+    for name in (name for name, given in ignored.items() if given):
+        beside, remedy = f"--shards {settings.num_shards}", "leave out --shards"
+        raise ConfigError("reshard_settings.unused", name=name, beside=beside, remedy=remedy)
 
 
 def _reshard(options: argparse.Namespace, console: Console) -> int:
