@@ -103,7 +103,7 @@ test: $(VENV)/ready-dev ## the test suite, on all cores; ARGS= goes to pytest
 
 test-ray: $(VENV)/ready-ray ## the tests on Ray clusters, which `make setup` does not install (242 MB)
 	$(call only,ARGS)
-	@$(PY) -m pytest -m slow tests/preprocess/job/engines/test_ray.py $(ARGS)
+	@$(PY) -m pytest -m slow -k ray tests/preprocess/job/engines/test_ray.py tests/e2e/test_crash_matrix.py tests/e2e/test_integrations.py $(ARGS)
 
 check: $(VENV)/ready-dev ## lint, format, types and tests
 	$(call only,ARGS)

@@ -18,7 +18,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -29,20 +28,20 @@ _CHANGES = ("replace", "rename", "link", "fsync", "unlink", "mkdir", "rmdir", "f
 _GROWING = ("replace", "rename", "link", "fsync", "mkdir")
 """Those that a full disk refuses."""
 
-_LIMIT_S = 120
+_LIMIT_S = 240
 _REFUSED, _BUG = 3, 70
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What happens to a driver, or to its first worker.
+    """What happens to a driver, or to its first worker: the process of its first task on Ray.
 
     `what` is one of
       kill         the process is killed at its `at`-th change of the file system
       kill group   so is the driver with all its workers
       full         from then on the disk of the output and of the cache has no space
       limit        no file of the driver or its workers gets longer than `at` bytes
-      kill task    the first task that runs on a local Ray cluster is killed with its process
+      kill node    in a worker on a Ray cluster: it is killed with the raylet of its node
       clock        the time of day jumps by weeks, to and fro, and the machine is suspended; `at` is
                    the seed
     """
@@ -96,6 +95,7 @@ class Crashing:
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(["", *sys.path]),
                 "TOKENIZERS_PARALLELISM": "false",
+                "RAY_AUTH_MODE": "disabled",
             },
         )
         return self
@@ -167,21 +167,24 @@ def _drive(driver, log):
         os.dup2(output, number)
     code = _BUG
     try:
-        code = _run_job(driver)
+        code = _run_job(driver, log)
     except BaseException:  # noqa: BLE001 - whatever it is, the end of this process
         traceback.print_exc()
     sys.stdout.flush()
     os._exit(code)
 
 
-def _run_job(driver):
+def _run_job(driver, log):
     from preprocess.job import run_job
+    from preprocess.job.engines import ray_cluster
     from preprocess.job.part_run import run_part
     from shardspec.errors import ShardsError
     from tests.inline import Quiet
 
     reporter = Quiet()
-    _faults.install(driver.faults, folder=Path(driver.settings.out).parent)
+    folder = Path(driver.settings.out).parent
+    _faults.install(driver.faults, folder=folder)
+    ray_cluster._run_task = _ray_task(driver.faults, folder=folder, log=log)
     run = run_job if driver.settings.part is None else run_part
     try:
         run(driver.settings, reporter)
@@ -201,6 +204,7 @@ class _Faults:
 
     def __init__(self):
         self.changes, self.workers, self._faults, self._is_worker = 0, 0, (), False
+        self.log = None
 
     def install(self, faults, *, folder):
         self._faults, self._folder = faults, str(folder)
@@ -209,8 +213,6 @@ class _Faults:
         for fault in faults:
             if fault.what == "limit":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (fault.at, resource.RLIM_INFINITY))
-            if fault.what == "kill task":
-                threading.Thread(target=_kill_task, daemon=True).start()
             if fault.what == "clock":
                 _let_clocks_jump(random.Random(fault.at))
 
@@ -220,15 +222,30 @@ class _Faults:
         if self.workers > 1:
             self._faults = [fault for fault in self._faults if not fault.in_worker]
 
+    @property
+    def of_worker(self):
+        """Those that are meant for the worker that this process is."""
+        return [fault for fault in self._faults if self._is_worker and fault.in_worker]
+
+    def kill(self, fault):
+        """Kills this process, and those around it that the fault names."""
+        if not fault.what.startswith("kill"):
+            return
+        if self.log:  # on Ray: its driver is not told
+            with self.log.open("a") as log:
+                log.write("a worker died\n")
+        if fault.what == "kill node":
+            os.kill(os.getppid(), signal.SIGKILL)
+        if fault.what == "kill group":
+            os.killpg(0, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def _counted(self, name, change):
         def call(*args, **more):
             self.changes += 1
             for fault in self._faults:
                 if fault.in_worker == self._is_worker and fault.at == self.changes:
-                    if fault.what == "kill":
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    if fault.what == "kill group":
-                        os.killpg(0, signal.SIGKILL)
+                    self.kill(fault)
                 if fault.what == "full" and fault.at <= self.changes and name in _GROWING:
                     self._refuse(args[0])
             return change(*args, **more)
@@ -245,20 +262,31 @@ class _Faults:
 _faults = _Faults()
 
 
-def _kill_task():
-    """Waits for a process below this one that runs a task of Ray."""
-    ours = {os.getpid()}
-    while True:
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-                if int(parent) in ours:
-                    ours.add(int(folder.name))
-                    if (folder / "cmdline").read_bytes().startswith(b"ray::_run_task"):
-                        os.kill(int(folder.name), signal.SIGKILL)
-                        print("a worker died")
-                        return
-        time.sleep(0.01)
+def _ray_task(faults, *, folder, log):
+    """Makes what runs a task on Ray; it is pickled, so that it imports what it needs."""
+
+    def run_task(*args):
+        from preprocess.job.engines.ray_cluster import _run_task
+        from tests.crashes import ray_worker
+
+        with ray_worker(faults, folder=folder, log=log):
+            return _run_task(*args)
+
+    return run_task
+
+
+@contextlib.contextmanager
+def ray_worker(faults, *, folder, log):
+    """A task in a process of a Ray cluster, which works for one driver: the first has faults."""
+    if not _faults.log:
+        _faults.log = log
+        with contextlib.suppress(FileExistsError):
+            log.with_suffix(".first").touch(exist_ok=False)
+            _faults.enter_worker()
+            _faults.install(faults, folder=folder)
+    yield
+    for fault in _faults.of_worker:
+        _faults.kill(fault)  # fewer changes than were expected
 
 
 def _let_clocks_jump(rng):
@@ -276,7 +304,12 @@ def _let_clocks_jump(rng):
             jump_at += rng.randint(10, 30)
         return real_now() + suspended_s
 
-    time.time = lambda: real_time() + rng.choice([-6, -1, 0, 1, 6]) * week_s
+    def jumping():
+        # Ray's own waits end by this clock: its connection would be refused.
+        of_ray = sys._getframe(1).f_globals["__name__"].startswith("ray.")
+        return real_time() + (0 if of_ray else rng.choice([-6, -1, 0, 1, 6]) * week_s)
+
+    time.time = jumping
     time.time_ns = lambda: int(time.time() * 10**9)
     lease._now_s = now
 

@@ -27,6 +27,32 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """As `python -c KILLING TEXT PROGRAM ARGUMENTS...`, the program dies with the first line that it
 prints and that begins with TEXT."""
 
+KILLING_RAY = """
+import builtins, json, os, pathlib, runpy, signal, sys, time
+from ray.train import torch
+trainer, (text, saved, count) = torch.TorchTrainer, sys.argv[1:4]
+def killing(loop, driver):
+    def dying(config):
+        shown = builtins.print
+        def show(*words, **named):
+            if words[0].startswith(text):
+                while len(json.loads(saves.read_bytes())["checkpoint_results"]) < int(count):
+                    time.sleep(0.01)
+                os.kill(driver, signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
+            shown(*words, **named)
+        saves = pathlib.Path(saved, "checkpoint_manager_snapshot.json")
+        builtins.print = show
+        loop(config)
+    return dying
+torch.TorchTrainer = lambda loop, **named: trainer(killing(loop, os.getpid()), **named)
+del sys.argv[:4]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""As `KILLING_RAY TEXT RUN COUNT PROGRAM ARGUMENTS...`, a program of Ray Train dies with its worker
+once that has a line to print that begins with TEXT, and the list of checkpoints in the folder RUN
+names COUNT: a controller writes it a while after the worker has reported one."""
+
 LEAVING = """
 import os, runpy, sys
 sys.argv.pop(0)

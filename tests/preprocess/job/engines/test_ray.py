@@ -26,6 +26,7 @@ from preprocess.job.plan import Part
 from preprocess.reshard import ReshardSettings, plan_reshard, reshard
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, StorageError
+from tests import ray_nodes
 from tests.inline import Quiet
 
 
@@ -115,42 +116,19 @@ def test_two_attempts_at_a_shard_are_one(tmp_path):
         assert second.finish() == receipt
 
 
-SMALL = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-
-
 @pytest.fixture(scope="module")
 def head():
     """A cluster of one raylet with one core."""
-    pytest.importorskip("ray", reason="the extra [ray] is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (
-            ("RAY_health_check_initial_delay_ms", "500"),
-            ("RAY_health_check_period_ms", "500"),
-            ("RAY_health_check_timeout_ms", "1000"),
-            ("RAY_health_check_failure_threshold", "3"),
-            ("RAY_AUTH_MODE", "disabled"),
-        ):
-            patch.setenv(name, value)
-        from ray.cluster_utils import Cluster
-
-        cluster = Cluster(
-            initialize_head=True, head_node_args={**SMALL, "include_dashboard": False}
-        )
-        yield cluster
-        cluster.shutdown()
+    with ray_nodes.running(head_cores=1) as nodes:
+        yield nodes
 
 
 @pytest.fixture
 def two_nodes(head):
     """The cluster with a second raylet; gives its address, and kills the second."""
-    second = [head.add_node(**SMALL)]
-
-    def kill():
-        if second:
-            head.remove_node(second.pop(), allow_graceful=False)
-
-    yield head.address, kill
-    kill()
+    head.restore(1)
+    yield head.address, head.kill
+    head.restore(0)
 
 
 def echo(context, task, report):
@@ -217,6 +195,24 @@ def web(small_jpeg, write_parquet, tmp_path):
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+# First: the cluster of the others would run beside its own.
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(120)
+def test_a_cluster_is_started_and_ended_where_none_is_named(tmp_path):
+    ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
+    chosen = settings(tmp_path, engine="ray", num_workers=2)
+    (tmp_path / "mark").write_text("a plan")
+    with Engine(chosen) as engine:
+        assert engine.num_nodes == 1
+        proof = node_proof(str(tmp_path), str(tmp_path / "mark"))
+        events = list(engine.run(range(5), work=echo, context=10, proof=proof))
+    done = {each.task: each.value for each in events if isinstance(each, TaskDone)}
+    assert done == {task: 10 * task for task in range(5)}
+    assert sorted(e.note for e in events if isinstance(e, TaskProgress)) == list(range(5))
+    assert not ray.is_initialized()
 
 
 @pytest.mark.slow
@@ -348,20 +344,3 @@ def test_a_driver_that_is_interrupted_or_killed_is_started_again(two_nodes, cli,
     cli.good(*command)
     manifest = storage.read_bytes(str(out / "manifest.json"))
     assert hashlib.sha256(manifest).hexdigest() == want.result.sha256
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.timeout(120)
-def test_a_cluster_is_started_and_ended_where_none_is_named(tmp_path):
-    ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
-    chosen = settings(tmp_path, engine="ray", num_workers=2)
-    (tmp_path / "mark").write_text("a plan")
-    with Engine(chosen) as engine:
-        assert engine.num_nodes == 1
-        proof = node_proof(str(tmp_path), str(tmp_path / "mark"))
-        events = list(engine.run(range(5), work=echo, context=10, proof=proof))
-    done = {each.task: each.value for each in events if isinstance(each, TaskDone)}
-    assert done == {task: 10 * task for task in range(5)}
-    assert sorted(e.note for e in events if isinstance(e, TaskProgress)) == list(range(5))
-    assert not ray.is_initialized()
