@@ -46,6 +46,18 @@ _PROGRAM = "vlm-shards"
 
 _SHELLS = ("bash", "zsh", "tcsh")
 
+_UNITS = {
+    "fetch": "URL",
+    "check finished shards": "shard",
+    "copy": "shard",
+    "verify": "file",
+    "read indexes": "file",
+    "read headers": "shard",
+    "index": "tar",
+    "features": "sample",
+}
+"""What a step of a stage is, by the name of the stage; a row, unless it is named here."""
+
 LOG_INTERVAL_S = 30.0
 """Between two lines of progress where standard error is not a terminal."""
 
@@ -67,13 +79,14 @@ class TerminalConsole:
         self.close()
         self._reasons.clear()
         self._sent_bytes = 0
+        unit = _UNITS.get(name, "row")
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total, desc=name, unit="row", smoothing=0.05, dynamic_ncols=True)
+            self._bar = tqdm(total=total, desc=name, unit=unit, smoothing=0.05, dynamic_ncols=True)
         else:
             self._bar = tqdm(
                 total=total,
                 desc=name,
-                unit="row",
+                unit=unit,
                 smoothing=0.05,
                 file=_Lines(sys.stderr),
                 mininterval=LOG_INTERVAL_S,

@@ -95,7 +95,7 @@ class Crashing:
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(["", *sys.path]),
                 "TOKENIZERS_PARALLELISM": "false",
-                "RAY_AUTH_MODE": "disabled",
+                "RAY_AUTH_MODE": "disabled",  # as of ray_nodes, whichever fixture is first
             },
         )
         return self

@@ -67,12 +67,22 @@ def _is_alive(node):
 
 
 @contextlib.contextmanager
-def running(*, head_cores):
-    """Starts a cluster of one node for the block; skips the test where Ray is not installed."""
-    pytest.importorskip("ray", reason="the extra [ray] is not installed")
+def settings():
+    """Gives Ray, with settings for tests; skips the test where it is not installed.
+
+    A process keeps the way of authentication that it has found first.
+    """
+    ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in _ENVIRONMENT.items():
             patch.setenv(name, value)
+        yield ray
+
+
+@contextlib.contextmanager
+def running(*, head_cores):
+    """Starts a cluster of one node for the block; skips the test where Ray is not installed."""
+    with settings():
         from ray.cluster_utils import Cluster
 
         head = {**_NODE, "num_cpus": head_cores, "include_dashboard": False}

@@ -1,13 +1,18 @@
 """Progress: a bar on a terminal, lines in a log."""
 
 import io
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from preprocess import __main__ as program
 from preprocess.__main__ import TerminalConsole
 from preprocess.job import JobSettings, dry_run, run_job, verify
+from shardspec.features import FEATURES
+
+ROOT = Path(__file__).parents[3]
 
 
 class Screen(io.StringIO):
@@ -52,6 +57,24 @@ def test_log_has_a_line_each_interval(monkeypatch):
     text = progress(monkeypatch, terminal=False, rows=20)
     assert "\r" not in text
     assert text.count("plan: ") > 5
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize(
+    ("stage", "unit"), [("build", "row"), ("fetch", "URL"), ("copy", "shard"), ("verify", "file")]
+)
+def test_a_rate_names_what_a_stage_counts(monkeypatch, terminal, stage, unit):
+    monkeypatch.setattr(sys, "stderr", Screen(terminal))
+    console = TerminalConsole()
+    console.stage(stage, 3)
+    console.close()
+    assert f"{unit}/s" in sys.stderr.getvalue()
+
+
+def test_each_stage_with_a_unit_exists():
+    sources = "".join(path.read_text() for path in ROOT.glob("[pv]*/**/*.py"))
+    begun = {*re.findall(r"\.stage\(\s*\"([a-z ]+)\"", sources), FEATURES}
+    assert program._UNITS.keys() <= begun
 
 
 def test_terminal_has_a_bar(monkeypatch):

@@ -8,9 +8,11 @@ import json
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -65,14 +67,47 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
     assert caught.value.reason == "ray_unreachable"
 
 
-def test_what_a_task_reports_comes_with_its_result():
+def test_a_sigterm_while_ray_connects_has_the_answer_of_the_program(monkeypatch):
+    def init(**_):
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as Ray does
+        signal.raise_signal(signal.SIGTERM)
+
+    def answer(number, _):
+        raise KeyboardInterrupt(number)
+
+    ray = mock.Mock(**{"is_initialized.return_value": False})
+    ray.init = init
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    before = signal.signal(signal.SIGTERM, answer)
+    try:
+        with pytest.raises(KeyboardInterrupt), ray_cluster.connected("ray://there:1", 2):
+            pass
+        assert signal.getsignal(signal.SIGTERM) is answer
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_what_a_task_reports_is_sent_while_it_runs_and_comes_with_its_result(monkeypatch):
+    monkeypatch.setattr(ray_cluster, "REPORT_S", 0.0)
+
     def work(context, task, report):
         report("")
         report("")
         report("bad")
         return Deferred(finish=lambda: context + task)
 
-    assert ray_cluster._run_task(work, 40, 7, 2) == ([("", 2), ("bad", 1)], 42)
+    notes = mock.Mock()
+    assert ray_cluster._run_task(work, 40, 7, 2, notes) == ({"": 2, "bad": 1}, 42)
+    sent = [call.args for call in notes.put.remote.call_args_list]
+    assert sent == [(7, {"": 1}), (7, {"": 2}), (7, {"": 2, "bad": 1})]
+
+
+def test_what_two_attempts_report_is_counted_once():
+    told, found = Counter(), []
+    # The first attempt dies after its second note; two of a second one are late.
+    for notes in ({"": 2}, {"": 1}, {"": 2, "bad": 1}, {"": 5, "bad": 1}):
+        found.append([event.note for event in ray_cluster._progress(3, told, notes)])
+    assert found == [["", ""], [], ["bad"], ["", "", ""]]
 
 
 def test_a_machine_proves_what_it_has_in_common_before_it_works(tmp_path):
@@ -134,6 +169,14 @@ def two_nodes(head):
 def echo(context, task, report):
     report(task)
     return context * task
+
+
+def wait_for(path, task, report):
+    report("begun")
+    while not Path(path).exists():
+        time.sleep(0.01)
+    report("ended")
+    return task
 
 
 class Once(Quiet):
@@ -202,10 +245,9 @@ def web(small_jpeg, write_parquet, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.timeout(120)
 def test_a_cluster_is_started_and_ended_where_none_is_named(tmp_path):
-    ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
     chosen = settings(tmp_path, engine="ray", num_workers=2)
     (tmp_path / "mark").write_text("a plan")
-    with Engine(chosen) as engine:
+    with ray_nodes.settings() as ray, Engine(chosen) as engine:
         assert engine.num_nodes == 1
         proof = node_proof(str(tmp_path), str(tmp_path / "mark"))
         events = list(engine.run(range(5), work=echo, context=10, proof=proof))
@@ -274,6 +316,22 @@ def test_a_node_is_killed_while_it_copies_and_while_it_verifies(
             error.reason for error in verify(wanted.out, Quiet())
         }
     assert reshard(plan, Quiet()).fresh is False
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(240)
+def test_a_task_is_heard_before_its_end(two_nodes, monkeypatch, tmp_path):
+    monkeypatch.setattr(ray_cluster, "WAIT_S", 0.1)
+    address, _ = two_nodes
+    go, found = tmp_path / "go", []
+    with ray_cluster.connected(address, 1) as ray:
+        for event in ray_cluster.run(ray, range(2), work=wait_for, context=str(go)):
+            found.append(event)
+            if len(found) == 2:
+                go.touch()
+    assert [event.note for event in found[:2]] == ["begun", "begun"]
+    assert Counter(type(event) for event in found) == {TaskProgress: 4, TaskDone: 2}
 
 
 @pytest.mark.slow
