@@ -48,7 +48,7 @@ def _export_index(options: argparse.Namespace, console: Console) -> int:
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    add_settings(parser, ImportSettings)
+    add_settings(parser, ImportSettings, groups=("the job",))
 
 
 VERBS = (

@@ -27,8 +27,12 @@ import numpy as np
 from preprocess.exchange.census import Census, describe
 from preprocess.job import (
     Difference,
+    Engine,
+    EngineOption,
+    RayAddressOption,
     Reporter,
     find_differences,
+    node_proof,
     output_lock,
     read_notes,
     require_name,
@@ -87,6 +91,8 @@ class ImportSettings:
         int,
         Setting("number of processes", flag="jobs", shown="all cores", unset=usable_cores),
     ] = 1
+    engine: EngineOption = "local"
+    ray_address: RayAddressOption = ""
 
     def __post_init__(self) -> None:
         wrong: dict[str, object] = {}
@@ -169,7 +175,8 @@ def import_tars(settings: ImportSettings, report: Reporter) -> Imported:
     build_key = fingerprint([context.build_key(task) for task in range(len(tars))])
     with output_lock(settings.out) as require_held:
         _check_conflict(context, settings, build_key)
-        receipts = _index_all(context, settings, report)
+        with Engine(settings) as engine, _mark(context, build_key, engine) as mark:
+            receipts = _index_all(context, report, engine, mark)
         if not any(receipt.shard.nsamples for receipt in receipts):
             raise ConfigError("import_tars.empty", where=settings.out)
         manifest = _manifest(context, settings, receipts, build_key)
@@ -277,15 +284,30 @@ def _check_unfinished(out: str) -> None:
         raise ConflictError("job_conflict.unfinished", where=out, noted_in=", ".join(noted))
 
 
-def _index_all(context: ImportContext, settings: ImportSettings, report: Reporter) -> list[Receipt]:
+@contextmanager
+def _mark(context: ImportContext, build_key: str, engine: Engine) -> Iterator[str]:
+    """Gives the URL of an object by which other machines tell that they see the output."""
+    if engine.is_local:
+        yield ""
+        return
+    mark = posixpath.join(CENSUS_FOLDER, "running.json")
+    storage.publish_bytes(storage.join(context.out, mark), canonical_json({"import": build_key}))
+    try:
+        yield storage.join(context.out, mark)
+    finally:
+        storage.delete_objects(context.out, [mark])
+
+
+def _index_all(
+    context: ImportContext, report: Reporter, engine: Engine, mark: str
+) -> list[Receipt]:
     receipts = {task: _find_receipt(context, task) for task in range(len(context.tars))}
     missing = [task for task, receipt in receipts.items() if receipt is None]
     if len(missing) < len(receipts):
         report.note(f"{len(receipts) - len(missing)} of {len(receipts)} tars are indexed already")
     report.stage("index", len(missing))
-    for event in local.run(
-        missing, work=index_tar, context=context, num_workers=settings.num_workers
-    ):
+    proof = None if engine.is_local else node_proof(context.out, mark)
+    for event in engine.run(missing, work=index_tar, context=context, proof=proof):
         if isinstance(event, local.TaskLost):
             report.note(f"a worker died (exit code {event.exit_code}); its tar is read again")
         elif isinstance(event, local.TaskDone):

@@ -29,7 +29,7 @@ from shardspec.errors import ConfigError, ConflictError, ShardError
 from shardspec.foreign import ForeignFile, walk_foreign
 from shardspec.manifest import require_manifest
 from tests.examples import examples
-from tests.inline import Quiet
+from tests.inline import Quiet, cluster
 
 # Not ours to mend: files that webdataset leaves to the garbage collector.
 pytestmark = [
@@ -352,6 +352,16 @@ def test_a_tar_that_changes_after_its_import_is_noticed(tmp_path):
     with pytest.raises(ShardError) as caught:
         recut(tmp_path / "out", tmp_path / "b")
     assert caught.value.reason == "sample_crc"
+
+
+def test_an_import_on_a_cluster_is_that_of_one_machine(tmp_path):
+    paths = img2dataset(tmp_path / "tars")
+    first = imported(paths, tmp_path / "out")
+    with cluster(2) as sent:
+        again = imported(paths, tmp_path / "cluster", engine="ray")
+    assert (again.sha256, sent) == (first.sha256, list(range(len(paths))))
+    names = [set(storage.list_names(str(tmp_path / out))) for out in ("out", "cluster")]
+    assert names[0] == names[1]
 
 
 def test_an_import_continues_and_another_is_refused(tmp_path, monkeypatch):
