@@ -50,7 +50,7 @@ def cluster(num_nodes):
     """
     sent = []
 
-    def on_nodes(ray, tasks, *, work, context, given):  # noqa: ARG001 - as ray_cluster.run
+    def on_nodes(ray, tasks, *, work, context, given, num_gpus):  # noqa: ARG001 - as ray_cluster.run
         work, context = pickle.loads(pickle.dumps((work, context)))
         for task in tasks:
             own = pickle.loads(pickle.dumps(given(task)))

@@ -166,6 +166,7 @@ CLOCKS = {
     "preprocess/fetch/download.py",
     "preprocess/job/board.py",
     "preprocess/job/dry_run.py",
+    "preprocess/job/engines/ray_cluster.py",
     "preprocess/job/events.py",
     "preprocess/job/lease.py",
     "preprocess/job/part_run.py",

@@ -8,7 +8,8 @@ shards are those of the source, and whatever reads shards reads these.
    first picture, which says the shape of a row.
 2. Each shard of the source gives one of the same name: tar, index, and last a receipt. A shard with
    a receipt of the same job is done: the same command resumes after any interruption. A part of the
-   job makes every `count`-th shard.
+   job makes every `count`-th shard. This process makes one after the other; on a Ray cluster each
+   is a task, which loads the backbone on its node.
 3. The manifest is written last, once all sources are still the versions that were planned with, by
    the process after whose last shard none is missing.
 
@@ -18,9 +19,10 @@ interruptions.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,16 +38,22 @@ from loader.reading import ShardReader, StoredSample
 from loader.stream import stored_model, stored_view
 from preprocess.job import (
     DividedJob,
+    Engine,
+    EngineOption,
     OthersMissing,
     OwnDiskOption,
     PartOption,
     Reporter,
     check_unfinished,
+    find_differences,
+    node_proof,
     publish_columns,
     read_columns,
     require_same_result,
     scratch_folder,
+    table,
 )
+from preprocess.job.engines.local import TaskDone, TaskProgress
 from preprocess.reshard import (
     ReshardPlan,
     ReshardSettings,
@@ -54,9 +62,9 @@ from preprocess.reshard import (
     publish_tokenizer,
     scratch_of,
 )
-from preprocess.settings import Setting
+from preprocess.settings import Setting, usable_cores
 from shardspec import storage
-from shardspec.errors import ConfigError, SampleError, StorageError
+from shardspec.errors import ConfigError, ConflictError, SampleError, StorageError
 from shardspec.families import Pixtral, Processor
 from shardspec.features import FEATURES, FeatureType, StoredFeatures
 from shardspec.index import encode_index
@@ -131,6 +139,15 @@ class FeatureSettings:
     ] = "float32"
     device: Annotated[str, Setting("where it runs, such as cuda:0", metavar="DEVICE")] = "cpu"
     batch: Annotated[int, Setting("most pictures that it is shown at a time")] = 1
+    engine: EngineOption = "local"
+    ray_address: Annotated[
+        str,
+        Setting(
+            "address of the Ray cluster, for example auto; else one of this machine is started",
+            group="the job",
+            metavar="ADDRESS",
+        ),
+    ] = ""
     part: PartOption = None
     own_disk: OwnDiskOption = "refuse"
 
@@ -142,6 +159,11 @@ class FeatureSettings:
     def out(self) -> str:
         """The output, by default beside the source."""
         return self.dst or self.src.rstrip("/") + "-features"
+
+    @property
+    def num_workers(self) -> int:
+        """Cores of a Ray cluster that is started here."""
+        return usable_cores()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +199,38 @@ class FeaturePlan:
     def build_key(self, split: str) -> str:
         """Hashes everything that a split of the output follows from."""
         return fingerprint({"split": split, "source": self.source_of(split)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureContext:
+    """What the tasks of all shards share; sent to other machines."""
+
+    settings: FeatureSettings
+    manifest: Manifest
+    """The source's."""
+    view: View
+    features: StoredFeatures
+    build_keys: Mapping[str, str]
+    """By split."""
+    torch: str
+    """Its version, of the process that has planned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureTask:
+    """One shard."""
+
+    shard: ShardEntry
+    """Of the source."""
+    first: int
+    """Number of its first sample in the split."""
+    rows: np.ndarray
+    """Of the source's index."""
+
+    @property
+    def numbers(self) -> range:
+        """Of its samples in the split."""
+        return range(self.first, self.first + len(self.rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,20 +425,12 @@ def _make(
     missing = {name for name in own if name not in found}
     if len(missing) < len(own):
         report.note(f"{len(own) - len(missing)} of {len(own)} shards are finished")
-    shards = _shards(plan)
-    report.stage(FEATURES, sum(shard.nsamples for shard in shards if _name(shard) in missing))
-    for split in plan.splits:
-        reader = ShardReader(plan.settings.src, plan.manifest, split=split)
-        rows, first = _rows(plan.source, split), 0
-        for shard in plan.manifest.select(split):
-            numbers = range(first, first + shard.nsamples)
-            first += shard.nsamples
-            if _name(shard) not in missing:
-                continue
-            samples = (reader.stored(number) for number in numbers)
-            index = rows[numbers.start : numbers.stop].copy()
-            found[_name(shard)] = _make_shard(plan, shard, samples, index, report)
-            require_held()
+    report.stage(
+        FEATURES, sum(shard.nsamples for shard in _shards(plan) if _name(shard) in missing)
+    )
+    for name, receipt in _made_shards(plan, job, missing, report):
+        found[name] = receipt
+        require_held()
     found = found if job.part is None else job.receipts()
     others = job.others_missing(found)
     if others is not None:
@@ -405,6 +451,89 @@ def _make(
     )
 
 
+def _made_shards(
+    plan: FeaturePlan, job: DividedJob, missing: set[str], report: Reporter
+) -> Iterator[tuple[str, Receipt]]:
+    """Makes shards, where the settings say."""
+    context = FeatureContext(
+        settings=plan.settings,
+        manifest=plan.manifest,
+        view=plan.view,
+        features=plan.features,
+        build_keys=job.build_keys,
+        torch=torch.__version__,
+    )
+
+    def tell(note: str | int) -> None:
+        if isinstance(note, int):
+            report.sent(note)
+        else:
+            report.step(note)
+
+    with Engine(plan.settings) as engine:
+        if engine.is_local:
+            for split in plan.splits:
+                reader = ShardReader(plan.settings.src, plan.manifest, split=split)
+                for task in _tasks(plan, split, missing):
+                    receipt = _make_shard(context, task, plan.backbone, reader, tell)
+                    yield _name(task.shard), receipt
+            return
+        tasks = [task for split in plan.splits for task in _tasks(plan, split, missing)]
+        events = engine.run(
+            range(len(tasks)),
+            work=make_shard,
+            context=context,
+            given=tasks.__getitem__,
+            proof=node_proof(job.out, job.note_url(plan.splits[0])),
+            num_gpus=0 if plan.features.device == "cpu" else 1,
+        )
+        for event in events:
+            if isinstance(event, TaskDone):
+                yield _name(tasks[event.task].shard), event.value
+            elif isinstance(event, TaskProgress):
+                tell(event.note)
+
+
+def _tasks(plan: FeaturePlan, split: str, missing: set[str]) -> Iterator[FeatureTask]:
+    rows, first = _rows(plan.source, split), 0
+    for shard in plan.manifest.select(split):
+        if _name(shard) in missing:
+            yield FeatureTask(shard=shard, first=first, rows=rows[first : first + shard.nsamples])
+        first += shard.nsamples
+
+
+def make_shard(
+    context: FeatureContext, task: FeatureTask, report: Callable[[str | int], None]
+) -> Receipt:
+    """Makes a shard on any machine.
+
+    Raises:
+      ConflictError: `mixed_cluster`: its features would differ.
+    """
+    s = context.settings
+    backbone = _loaded(s.backbone, s.layer, s.tokens, s.compute, s.device)
+    planned = {
+        "torch": context.torch,
+        "backbone": context.features.fingerprint,
+        "device": context.features.device,
+    }
+    own = {
+        "torch": torch.__version__,
+        "backbone": backbone.fingerprint,
+        "device": backbone.device.type,
+    }
+    if differences := find_differences(planned, own):
+        shown = table(differences, heads=("of the job", "on this node"))
+        raise ConflictError("mixed_cluster", where=s.backbone, table=shown)
+    reader = ShardReader(s.src, context.manifest, split=task.shard.split)
+    return _make_shard(context, task, backbone, reader, report)
+
+
+@functools.lru_cache(maxsize=1)  # a process of a node makes one shard after the other
+def _loaded(source: str, layer: int | None, tokens: Any, compute: Any, device: str) -> Backbone:
+    return load_backbone(source, layer=layer, tokens=tokens, compute=compute, device=device)
+
+
 def _shards(plan: FeaturePlan) -> list[ShardEntry]:
     return [shard for split in plan.splits for shard in plan.manifest.select(split)]
 
@@ -414,26 +543,29 @@ def _name(shard: ShardEntry) -> str:
 
 
 def _make_shard(
-    plan: FeaturePlan,
-    shard: ShardEntry,
-    samples: Iterator[StoredSample],
-    rows: np.ndarray,
-    report: Reporter,
+    context: FeatureContext,
+    task: FeatureTask,
+    backbone: Backbone,
+    reader: ShardReader,
+    report: Callable[[str | int], None],
 ) -> Receipt:
     """Makes a shard from one of the source; its rows of the index become those of the new one."""
-    out = plan.settings.out
-    several = bool(plan.manifest.recipe.get("several_images", False))
-    made = extract(samples, plan.view, plan.backbone, batch=plan.settings.batch)
+    s, shard = context.settings, task.shard
+    rows = task.rows.copy()  # what Ray sends is read-only
+    out = s.out
+    several = bool(context.manifest.recipe.get("several_images", False))
+    samples = (reader.stored(number) for number in task.numbers)
+    made = extract(samples, context.view, backbone, batch=s.batch)
     receipt_url = storage.join(out, "receipts", f"{_name(shard)}.json")
     with ExitStack() as stack:
-        folder = stack.enter_context(scratch_folder(scratch_of(out, plan.settings.part)))
+        folder = stack.enter_context(scratch_folder(scratch_of(out, s.part)))
         path = folder / "shard.tar"
         with storage.translate_errors(str(path)), path.open("wb") as stream:
             writer = TarWriter(stream)
             for row, (sample, found) in zip(rows, made, strict=True):
                 assert row["key"].decode() == sample.key
-                _write_sample(writer, sample, found, plan.features, row=row, several=several)
-                report.step("")
+                _write_sample(writer, sample, found, context.features, row=row, several=several)
+                report("")
             sha256 = writer.finish()
         index = encode_index(rows)
         entry = replace(
@@ -445,9 +577,9 @@ def _make_shard(
         )
         # Another job's receipt must not vouch for this one's bytes, wherever it is interrupted.
         storage.delete(receipt_url)
-        storage.publish_file(storage.join(out, entry.url), path, on_part=report.sent)
+        storage.publish_file(storage.join(out, entry.url), path, on_part=report)
     storage.publish_bytes(storage.join(out, entry.index_url), index)
-    receipt = Receipt(build_key=plan.build_key(shard.split), shard=entry)
+    receipt = Receipt(build_key=context.build_keys[shard.split], shard=entry)
     storage.publish_bytes(receipt_url, encode_receipt(receipt))
     return receipt
 

@@ -34,7 +34,8 @@ from shardspec.manifest import require_manifest
 from shardspec.tiling import ImageView
 from tests import model_folders
 from tests.e2e.test_models import datasets, folders  # noqa: F401 - fixtures
-from tests.inline import Quiet
+from tests.inline import Quiet, cluster
+from vlm_shards import features
 from vlm_shards.__main__ import main
 from vlm_shards.features import FeatureSettings, make_features, plan_features
 
@@ -514,6 +515,34 @@ class Made(torch.nn.Module):
 made = Made()
 number = 3
 """
+
+
+def test_features_made_on_a_cluster_are_those_of_one_machine(source, tmp_path):
+    module = tmp_path / "towers.py"
+    module.write_text(MODULE)
+
+    def planned(name, **more):
+        settings = FeatureSettings(
+            src=str(source),
+            dst=str(tmp_path / name),
+            backbone=f"{module}:made",
+            normalize="siglip",
+            **more,
+        )
+        return plan_features(settings, Quiet())
+
+    make_features(planned("local"), Quiet())
+    reporter = Quiet()
+    with cluster(2) as sent:
+        assert make_features(planned("ray", engine="ray"), reporter).made_shards == 2
+    assert len(reporter.steps) == sum(task.shard.nsamples for task in sent)
+    assert listed(tmp_path / "ray") == listed(tmp_path / "local")
+    other = planned("other", engine="ray")
+    module.write_text(MODULE.replace("Made()", "torch.nn.Sequential(Made())"))
+    features._loaded.cache_clear()
+    with cluster(2), pytest.raises(ConflictError, match="backbone") as caught:
+        make_features(other, Quiet())
+    assert caught.value.reason == "mixed_cluster"
 
 
 def test_command_line_makes_features_of_a_module_by_path(source, tmp_path, capsys):

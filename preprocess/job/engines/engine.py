@@ -25,7 +25,7 @@ from shardspec import storage
 from shardspec.errors import ConflictError, StorageError
 
 _ROOT = Path(__file__).parents[3]
-_PACKAGES = ("preprocess", "shardspec")
+_PACKAGES = ("preprocess", "shardspec", "loader", "vlm_shards")
 
 
 class EngineSettings(Protocol):
@@ -178,6 +178,7 @@ class Engine:
         context: Any,
         proof: NodeProof | None,
         given: Given = number_only,
+        num_gpus: int = 0,
     ) -> Iterator[Event]:
         """Runs tasks in any order and yields what happens.
 
@@ -185,6 +186,7 @@ class Engine:
           tasks: Numbers of the tasks.
           work, context, given: As of `local.run`.
           proof: What other machines prove; None where this is the only one.
+          num_gpus: Of a cluster, that a task has for itself.
 
         Raises:
           ShardsError: A task raised it, or `check_node`; the others are ended.
@@ -198,7 +200,9 @@ class Engine:
         if not tasks:
             return iter(())
         proven = _Proven(work=work, proof=proof)
-        return ray_cluster.run(self._cluster(), tasks, work=proven, context=context, given=given)
+        return ray_cluster.run(
+            self._cluster(), tasks, work=proven, context=context, given=given, num_gpus=num_gpus
+        )
 
     def _cluster(self) -> Any:
         if self._ray is None:

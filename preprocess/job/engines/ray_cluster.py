@@ -107,7 +107,13 @@ def num_nodes(ray: Any) -> int:
 
 
 def run(
-    ray: Any, tasks: Sequence[int], *, work: Work, context: Any, given: Given = number_only
+    ray: Any,
+    tasks: Sequence[int],
+    *,
+    work: Work,
+    context: Any,
+    given: Given = number_only,
+    num_gpus: int = 0,
 ) -> Iterator[Event]:
     """Runs tasks in any order and yields what happens.
 
@@ -116,14 +122,15 @@ def run(
       tasks: Numbers of the tasks.
       work, given: As of `local.run`.
       context: Sent to each node once, pickled.
+      num_gpus: That a task has for itself.
 
     Raises:
       ShardsError: A task raised it; StorageError `worker_died`.
     """
     # Spread: tasks of which there is one for each node wait for the network, not for a core.
-    remote = ray.remote(num_cpus=1, max_retries=MAX_ATTEMPTS, scheduling_strategy="SPREAD")(
-        _run_task
-    )
+    remote = ray.remote(
+        num_cpus=1, num_gpus=num_gpus, max_retries=MAX_ATTEMPTS, scheduling_strategy="SPREAD"
+    )(_run_task)
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=True
     )

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -30,6 +29,7 @@ from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, StorageError
 from tests import ray_nodes
 from tests.inline import Quiet
+from vlm_shards.features import FeatureSettings, make_features, plan_features
 
 
 def settings(folder, **more):
@@ -171,9 +171,12 @@ def echo(context, task, report):
     return context * task
 
 
-def wait_for(path, task, report):
+def wait_for(context, task, report):
+    go, begun = context
+    with begun.open("a") as log:
+        log.write(f"{task}\n")
     report("begun")
-    while not Path(path).exists():
+    while not go.exists():
         time.sleep(0.01)
     report("ended")
     return task
@@ -247,10 +250,10 @@ def web(small_jpeg, write_parquet, tmp_path):
 def test_a_cluster_is_started_and_ended_where_none_is_named(tmp_path):
     chosen = settings(tmp_path, engine="ray", num_workers=2)
     (tmp_path / "mark").write_text("a plan")
-    with ray_nodes.settings() as ray, Engine(chosen) as engine:
-        assert engine.num_nodes == 1
+    with ray_nodes.settings() as ray, Engine(chosen) as opened:
+        assert opened.num_nodes == 1
         proof = node_proof(str(tmp_path), str(tmp_path / "mark"))
-        events = list(engine.run(range(5), work=echo, context=10, proof=proof))
+        events = list(opened.run(range(5), work=echo, context=10, proof=proof))
     done = {each.task: each.value for each in events if isinstance(each, TaskDone)}
     assert done == {task: 10 * task for task in range(5)}
     assert sorted(e.note for e in events if isinstance(e, TaskProgress)) == list(range(5))
@@ -309,29 +312,75 @@ def test_a_node_is_killed_while_it_copies_and_while_it_verifies(
     want = reshard(plan_reshard(wanted, Quiet()), Quiet()).sha256
     on_ray = replace(wanted, out=str(tmp_path / "ray"), engine="ray", ray_address=address)
     plan = plan_reshard(on_ray, Quiet())
-    with Engine(on_ray) as engine:
-        assert engine.num_nodes == 2
+    with Engine(on_ray) as opened:
+        assert opened.num_nodes == 2
         assert reshard(plan, Once("copy", kill)).sha256 == want
-        assert {error.reason for error in verify(on_ray.out, Quiet(), engine=engine)} == {
+        assert {error.reason for error in verify(on_ray.out, Quiet(), engine=opened)} == {
             error.reason for error in verify(wanted.out, Quiet())
         }
     assert reshard(plan, Quiet()).fresh is False
 
 
+TOWER = """
+import torch
+class Tower(torch.nn.Module):
+    def forward(self, pixel_values):
+        return pixel_values.flatten(2)[..., :6]
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.timeout(240)
-def test_a_task_is_heard_before_its_end(two_nodes, monkeypatch, tmp_path):
+def test_a_node_is_killed_while_it_makes_features(two_nodes, tiny_sample, write_dataset, tmp_path):
+    address, kill = two_nodes
+    module = tmp_path / "tower.py"
+    module.write_text(TOWER)
+    source = write_dataset(tmp_path / "source", [tiny_sample(i) for i in range(24)], num_shards=8)
+    local = FeatureSettings(
+        src=str(source),
+        dst=str(tmp_path / "local"),
+        backbone=f"{module}:Tower",
+        normalize="siglip",
+    )
+    want = make_features(plan_features(local, Quiet()), Quiet()).sha256
+    on_ray = replace(local, dst=str(tmp_path / "ray"), engine="ray", ray_address=address)
+    made = make_features(plan_features(on_ray, Quiet()), Once("features", kill))
+    assert (made.sha256, made.made_shards) == (want, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(240)
+def test_a_lost_node_costs_what_it_was_working_on(two_nodes, monkeypatch, tmp_path):
     monkeypatch.setattr(ray_cluster, "WAIT_S", 0.1)
-    address, _ = two_nodes
-    go, found = tmp_path / "go", []
+    address, kill = two_nodes
+    go, begun, found = tmp_path / "go", tmp_path / "begun", []
     with ray_cluster.connected(address, 1) as ray:
-        for event in ray_cluster.run(ray, range(2), work=wait_for, context=str(go)):
+        for event in ray_cluster.run(ray, range(12), work=wait_for, context=(go, begun)):
             found.append(event)
-            if len(found) == 2:
+            if len(found) == 2:  # one on each node: they are heard before their ends
+                assert {event.note for event in found} == {"begun"}
+                kill()
                 go.touch()
-    assert [event.note for event in found[:2]] == ["begun", "begun"]
-    assert Counter(type(event) for event in found) == {TaskProgress: 4, TaskDone: 2}
+    attempts = Counter(map(int, begun.read_text().split()))
+    assert sorted(attempts) == list(range(12))
+    assert attempts.total() == 13
+    # What the second attempt reported is not counted again.
+    assert Counter(type(event) for event in found) == {TaskProgress: 24, TaskDone: 12}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(240)
+def test_a_node_with_other_libraries_is_refused_before_it_works(two_nodes, monkeypatch, tmp_path):
+    address, _ = two_nodes
+    other = mock.Mock(return_value=(("numpy", "0.1"),))
+    monkeypatch.setattr("preprocess.job.engines.engine.node_libraries", other)
+    with pytest.raises(ConflictError) as caught:
+        run_job(settings(tmp_path, engine="ray", ray_address=address), Quiet())
+    assert caught.value.reason == "mixed_cluster"
+    assert not storage.list_names(str(tmp_path / "out" / "receipts"))
 
 
 @pytest.mark.slow
