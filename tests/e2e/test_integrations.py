@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 STEP = re.compile(r"step (\d+) rank (\d+) ([0-9a-f ]+)(?:loss (\S+))?")
 STEPS, SAVED = 8, 4
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # What says where each example saves, and the arguments that give it some ranks.
 EXAMPLES = {
