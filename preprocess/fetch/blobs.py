@@ -237,7 +237,7 @@ class BlobCache:
 
     def has_token(self, name: str) -> bool:
         """Returns True if somebody has left this mark here."""
-        return storage.exists(storage.join(self.url, "tokens", name))
+        return storage.exists(storage.join(self.url, "tokens", name), fresh=True)
 
     def remove_tokens(self, prefix: str) -> None:
         """Removes the marks whose names begin like this."""

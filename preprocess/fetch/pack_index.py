@@ -30,7 +30,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from preprocess.fetch.locks import lock_file
+from preprocess.fetch.locks import close_file, lock_file
 from shardspec import storage
 
 _SHA256 = [("prefix", ">u8"), ("rest", "V24")]
@@ -186,7 +186,7 @@ class _Segment:
         """
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY)
-        self.close = weakref.finalize(self, os.close, self._descriptor)
+        self.close = weakref.finalize(self, close_file, self._descriptor)
         try:
             head = os.pread(self._descriptor, _HEAD.size, 0)
             if len(head) < _HEAD.size or head[: len(_MAGIC)] != _MAGIC:

@@ -42,7 +42,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from preprocess.fetch.locks import lock_file
+from preprocess.fetch.locks import close_file, lock_file
 from preprocess.fetch.pack_index import LEDGER_ROW, READ_ONLY, PackIndex
 from shardspec import storage
 from shardspec.errors import ShardError
@@ -180,7 +180,7 @@ class PackStore:
             for ledger in sorted((self._local / "open").rglob("*.ledger")):
                 if ledger.stem not in self._own:
                     self._finish_dead(ledger)
-            listed = storage.list_objects(storage.join(self._url, "packs"))
+            listed = storage.list_objects(storage.join(self._url, "packs"), fresh=True)
             sizes = {each.name: each.num_bytes for each in listed}
             self._sizes = {
                 name.removesuffix(".pack"): size
@@ -214,6 +214,7 @@ class PackStore:
         return np.frombuffer(payload[: len(payload) // _ROW.size * _ROW.size], LEDGER_ROW)
 
     def _open(self) -> _Writer:
+        storage.prove_folder(str(self._local), rewrites=True)
         writer = _Writer(self._local / "open" / _this_machine())
         self._own[writer.name] = writer
         return writer
@@ -303,12 +304,12 @@ class _Writer:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         self._ledger = os.open(unlocked, flags, 0o666)
         closing = ExitStack()
-        closing.callback(os.close, self._ledger)
+        closing.callback(close_file, self._ledger)
         self.close = weakref.finalize(self, closing.close)
         lock_file(self._ledger)
         unlocked.rename(self.ledger)
         self._pack = os.open(self.pack, flags, 0o666)
-        closing.callback(os.close, self._pack)
+        closing.callback(close_file, self._pack)
 
     def is_full(self, pack_bytes: int) -> bool:
         return max(self.num_bytes, len(self.rows) * LEAST_BYTES) >= pack_bytes
@@ -329,7 +330,8 @@ class _Writer:
     def finish(self) -> bytes:
         """Cuts what a failed attempt has left; returns the ledger."""
         num_bytes = self._num_rows * _ROW.size
-        os.ftruncate(self._ledger, num_bytes)
+        if os.fstat(self._ledger).st_size != num_bytes:
+            os.ftruncate(self._ledger, num_bytes)
         return os.pread(self._ledger, num_bytes, 0)
 
 
@@ -350,7 +352,7 @@ def _is_of_dead(ledger: Path) -> bool:
     try:
         os.utime(folder)  # to the time of the disk, which machines' clocks differ from
         return folder.stat().st_mtime - ledger.stat().st_mtime > DEAD_AFTER_S
-    except (FileNotFoundError, PermissionError):
+    except OSError:  # removed meanwhile, or not to be told
         return False
 
 

@@ -317,7 +317,8 @@ def valid_receipts(out: str, names: Iterable[str], *, keys: Container[str]) -> d
       keys: Build keys that count.
     """
     wanted = {f"{name}.json": name for name in names}
-    present = [n for n in storage.list_names(storage.join(out, "receipts")) if n in wanted]
+    folder = storage.join(out, "receipts")
+    present = [name for name in storage.list_names(folder, fresh=True) if name in wanted]
 
     def read(name: str) -> Receipt | None:
         url = storage.join(out, "receipts", name)
@@ -342,7 +343,7 @@ def valid_receipts(out: str, names: Iterable[str], *, keys: Container[str]) -> d
 
 def stored_sizes(out: str, split: str) -> dict[str, int]:
     """Lists the files of a split: their paths, as the manifest has them, to their lengths."""
-    listed = storage.list_objects(storage.join(out, split))
+    listed = storage.list_objects(storage.join(out, split), fresh=True)
     return {f"{split}/{each.name}": each.num_bytes for each in listed}
 
 
@@ -473,7 +474,8 @@ def scratch_folder(root: str) -> Iterator[Path]:
     with storage.translate_errors(root):
         storage.make_folder(Path(root))
         made = tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True)
-    with made as folder:
+    # Errors of unfinished files have no other name, when they are written and when they are closed.
+    with made as folder, storage.translate_errors(root):
         yield Path(folder)
 
 

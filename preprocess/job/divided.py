@@ -110,6 +110,7 @@ class DividedJob:
         """
         board = Board(report)
         if self.part is None:
+            storage.prove_folder(self.out, machines=False)
             with output_lock(self.out, state=board.snapshot) as check:
                 yield board, check
             return

@@ -397,7 +397,8 @@ def require_no_parts(output: str, record: Mapping[str, Any]) -> None:
     """
     folder = storage.join(output, parts_folder(str(record.get("job"))))
     count = record.get("parts")
-    names = {name for name in storage.list_names(folder) if name.endswith(f"-of-{count:05}.json")}
+    found = storage.list_names(folder, fresh=True)
+    names = {name for name in found if name.endswith(f"-of-{count:05}.json")}
     watch, warned = Watch(), False
     for _ in range(_LOOKS + 2):
         unknown = []

@@ -55,10 +55,11 @@ from preprocess.job.planner import (
     image_urls,
     load_plan,
     make_plan,
+    plan_url,
 )
 from shardspec import storage
 from shardspec.errors import BudgetError, ConflictError, StorageError
-from shardspec.manifest import Receipt, canonical_json
+from shardspec.manifest import MANIFEST_NAME, Receipt, canonical_json
 
 POLL_S = 1.0
 """Between two looks at what other parts have done."""
@@ -250,6 +251,8 @@ def _try_to_plan(job: Job, urls: list[str], marks: RowMarks, held: HeldPart, boa
     """Makes the plan; False: another part is about to."""
     try:
         with held.claim_plan() as check_claim:
+            for url in (plan_url(job), job.url(MANIFEST_NAME)):
+                storage.exists(url, fresh=True)  # what was missing before the claim may be there
             if load_plan(job, board, shared=True) is not None or committed(job) is not None:
                 return True
             fetched = _fetched(job, urls, held) if urls else {}
@@ -298,7 +301,7 @@ def _all_receipts(job: Job, plan: Plan) -> list[Receipt] | int:
     """Gives the receipts of all shards in order, or how many are missing."""
     context = build_context(job, plan)
     wanted = {f"{context.name(shard)}.json" for shard in range(plan.num_shards)}
-    missing = len(wanted - set(storage.list_names(job.url("receipts"))))
+    missing = len(wanted - set(storage.list_names(job.url("receipts"), fresh=True)))
     if missing:
         return missing
     receipts = find_receipts(context)

@@ -164,7 +164,7 @@ class HeldPart:
 
     def not_fetched(self) -> list[int]:
         """Lists the parts whose downloads are not finished."""
-        if storage.exists(storage.join(self.folder, _FROZEN)):
+        if storage.exists(storage.join(self.folder, _FROZEN), fresh=True):
             return []
         found = {int(name[8:13]) for name in self._fetched_names()}
         return [index for index in range(self.me.part.count) if index not in found]
@@ -190,7 +190,7 @@ class HeldPart:
 
     def _fetched_names(self) -> list[str]:
         count = f"{self.me.part.count:05d}"
-        found = [_FETCHED.fullmatch(name) for name in storage.list_names(self.folder)]
+        found = [_FETCHED.fullmatch(name) for name in storage.list_names(self.folder, fresh=True)]
         return [match[0] for match in found if match is not None and match[2] == count]
 
     def _enter(self) -> None:
@@ -305,10 +305,12 @@ def require_shared(output: str, part: Part, own_disk: OwnDisk) -> None:
     others that it does not see shows nowhere.
 
     Raises:
-      StorageError: `own_disk`.
+      StorageError: `own_disk`, `disk_unfit`.
     """
-    if part.count > 1 and own_disk == "refuse" and storage.is_own_disk(output):
+    machines = part.count > 1 and own_disk == "refuse"
+    if machines and storage.is_own_disk(output):
         raise StorageError("own_disk", where=output, part=str(part))
+    storage.prove_folder(output, machines=machines)
 
 
 def forget_parts(output: str, job: str) -> None:

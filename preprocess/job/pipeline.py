@@ -112,6 +112,7 @@ def run_job(settings: JobSettings, report: Reporter) -> Outcome:
             seconds=_since(started),
             compared=compared,
         )
+    storage.prove_folder(settings.out, machines=False)
     board = make_board(job, report)
     with (
         telling_end(board),

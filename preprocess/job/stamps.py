@@ -95,8 +95,8 @@ class StampWriter:
         trace: TracebackType | None,
     ) -> None:
         assert self._stream is not None
-        self._stream.close()
-        self._raw.close()
+        with self._raw:
+            self._stream.close()
 
     def __len__(self) -> int:
         return len(self._seen)

@@ -15,6 +15,7 @@ from shardspec.storage.copying import (
     object_version,
     whole_file,
 )
+from shardspec.storage.disks import make_folder, sync_folder
 from shardspec.storage.files import (
     SCHEMES,
     OpenUpload,
@@ -38,13 +39,12 @@ from shardspec.storage.files import (
     list_objects,
     list_uploads,
     local_path,
-    make_folder,
+    prove_folder,
     publish_bytes,
     publish_file,
     read_bytes,
     resolve,
     size,
-    sync_folder,
     translate_errors,
     version,
 )
@@ -87,6 +87,7 @@ __all__ = [
     "make_folder",
     "multipart_copy",
     "object_version",
+    "prove_folder",
     "publish_bytes",
     "publish_file",
     "read_bytes",

@@ -16,7 +16,6 @@ import logging
 import os
 import posixpath
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from typing import Any
 import fsspec
 
 from shardspec.errors import ShardsError, StorageError, nearest
-from shardspec.storage import upload
+from shardspec.storage import disks, upload
 from shardspec.storage.failures import is_access_refused, is_client_error
 from shardspec.storage.retries import with_retries
 from shardspec.storage.stores import STORES_FILE, Store, named_stores
@@ -41,11 +40,6 @@ _ALIASES = {"s3a": "s3", "gcs": "gs"}
 """Aliases of schemes: the same stores, by the same client of fsspec."""
 
 _DELETES_AT_ONCE = 16
-
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-
-_OWN_DISKS = ("ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs")
-"""File systems that no other machine writes to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,11 +109,20 @@ def absolute_url(url: str) -> str:
     return f"{_ALIASES.get(scheme, scheme)}{mark}{path}"
 
 
-def exists(url: str) -> bool:
-    """Returns True if there is an object or a directory."""
+def exists(url: str, *, fresh: bool = False) -> bool:
+    """Returns True if there is an object or a directory.
+
+    Args:
+      url: The object.
+      fresh: Whether to ask the server of a network disk, whose clients remember for a minute what
+        was missing; stores are always asked.
+    """
     with translate_errors(url):
         if is_local(url):
-            return local_path(url).exists()
+            local = local_path(url)
+            if fresh and not disks.again_if_stale(local.exists):
+                disks.ask_server(local.parent)
+            return disks.again_if_stale(local.exists)
         fs, path = filesystem(url)
         return with_retries(lambda: bool(fs.exists(path)), where=url)
 
@@ -129,7 +132,7 @@ def size(url: str) -> int | None:
     with translate_errors(url):
         if is_local(url):
             path = local_path(url)
-            return path.stat().st_size if path.is_file() else None
+            return disks.again_if_stale(lambda: path.stat().st_size if path.is_file() else None)
         fs, remote = filesystem(url)
         try:
             info = with_retries(lambda: fs.info(remote), where=url)
@@ -142,11 +145,12 @@ def version(url: str) -> str | None:
     """Returns the version of an object, which changes with each write; None where there is none.
 
     Returns:
-      An opaque text: the ETag on S3, the generation on GCS, elsewhere length and time of writing.
+      An opaque text: the ETag on S3, the generation on GCS; of a small local file the sha256,
+      elsewhere length and time of writing.
     """
     with translate_errors(url):
         if is_local(url):
-            return _local_version(local_path(url))
+            return disks.again_if_stale(lambda: disks.version(local_path(url)))
         fs, path = filesystem(url)
         return with_retries(lambda: upload.version_of(fs, path), where=url)
 
@@ -160,7 +164,7 @@ def read_bytes(url: str) -> bytes:
     """
     with translate_errors(url):
         if is_local(url):
-            return local_path(url).read_bytes()
+            return disks.again_if_stale(local_path(url).read_bytes)
         fs, path = filesystem(url)
         return with_retries(lambda: bytes(fs.cat_file(path)), where=url)
 
@@ -174,18 +178,28 @@ def fetch_file(url: str, target: Path) -> None:
     """
     with translate_errors(url):
         if is_local(url):
-            shutil.copyfile(local_path(url), target)
+            disks.again_if_stale(lambda: shutil.copyfile(local_path(url), target))
             return
         fs, path = filesystem(url)
         with_retries(lambda: fs.get_file(path, str(target)), where=url)
 
 
-def list_names(url: str) -> list[str]:
-    """Lists the names of the objects directly below a URL, sorted; [] where there is nothing."""
+def list_names(url: str, *, fresh: bool = False) -> list[str]:
+    """Lists the names of the objects directly below a URL, sorted; [] where there is nothing.
+
+    Args:
+      url: The folder.
+      fresh: Whether to ask the server of a network disk, whose clients remember listings for a
+        minute; stores are always asked.
+    """
     with translate_errors(url):
         if is_local(url):
             directory = local_path(url)
-            return sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
+            if fresh:
+                disks.ask_server(directory)
+            return disks.again_if_stale(
+                lambda: sorted(os.listdir(directory)) if directory.is_dir() else []
+            )
         fs, path = filesystem(url)
         path = path.rstrip("/")
         try:
@@ -197,24 +211,25 @@ def list_names(url: str) -> list[str]:
         return sorted(_below(name, path) for name in names if _below(name, path))
 
 
-def list_objects(url: str) -> list[StoredObject]:
+def list_objects(url: str, *, fresh: bool = False) -> list[StoredObject]:
     """Lists the objects below a URL at every depth, sorted by name; [] where there is nothing.
 
     Unfinished files of local folders are among them.
+
+    Args:
+      url: The folder.
+      fresh: As for `list_names`; of the folders below it only those are asked anew that are new.
     """
     with translate_errors(url):
         if is_local(url):
             root = local_path(url)
-            objects = [
-                StoredObject(
-                    name=path.relative_to(root).as_posix(),
-                    num_bytes=stat.st_size,
-                    modified_unix_s=stat.st_mtime,
-                )
-                for path in root.rglob("*")
-                if path.is_file() and (stat := path.stat())
+            if fresh:
+                disks.ask_server(root)
+            found_files = disks.again_if_stale(lambda: sorted(disks.files_below(root)))
+            return [
+                StoredObject(name=name, num_bytes=found.st_size, modified_unix_s=found.st_mtime)
+                for name, found in found_files
             ]
-            return sorted(objects, key=lambda each: each.name)
         fs, root_path = filesystem(url)
         root_path = root_path.rstrip("/")
         try:
@@ -263,10 +278,8 @@ def delete(url: str) -> None:
     with translate_errors(url):
         if is_local(url):
             path = local_path(url)
-            while path.is_dir():
-                # A process that is ending may remove its files at the same time.
-                with suppress(FileNotFoundError):
-                    shutil.rmtree(path)
+            if path.is_dir():
+                disks.remove_tree(path)
             path.unlink(missing_ok=True)
             return
         fs, remote = filesystem(url)
@@ -307,8 +320,8 @@ def publish_bytes(url: str, payload: bytes) -> None:
     """Writes a small object atomically; an old one is replaced."""
     with translate_errors(url):
         if is_local(url):
-            with _replacing(local_path(url)) as temporary:
-                _write_synced(temporary, payload)
+            with disks.replacing(local_path(url)) as temporary:
+                disks.write_synced(temporary, payload)
             return
         fs, path = filesystem(url)
         with _naming_bucket(url):
@@ -321,7 +334,8 @@ def compare_and_swap(url: str, payload: bytes, *, replacing: str | None) -> bool
     Object stores make this atomic for all writers (`shardspec.storage.upload` names those that do
     not). So do local and network disks: a link where there is none, else the kernel's lock of the
     file that is replaced, which NFS passes on to its server. A file system without locks is named
-    in a warning; there it is atomic only where there is none.
+    in a warning; there, of two that replace one version within a second, the later does. Without
+    hard links, it is atomic among the processes of this machine (`prove_folder`).
 
     Args:
       url: The object.
@@ -336,9 +350,10 @@ def compare_and_swap(url: str, payload: bytes, *, replacing: str | None) -> bool
             fs, path = filesystem(url)
             with _naming_bucket(url):
                 return upload.compare_and_swap(fs, path, payload, replacing=replacing, where=url)
-        if replacing is not None:
-            return _replace_local(local_path(url), payload, replacing=replacing)
-        return _create_local(local_path(url), payload)
+        local = local_path(url)
+        if replacing is None:
+            return disks.again_if_stale(lambda: disks.create(local, payload))
+        return disks.again_if_stale(lambda: disks.replace(local, payload, old=replacing))
 
 
 def publish_file(url: str, source: Path, *, on_part: Callable[[int], None] | None = None) -> None:
@@ -356,7 +371,7 @@ def publish_file(url: str, source: Path, *, on_part: Callable[[int], None] | Non
     """
     with translate_errors(url):
         if is_local(url):
-            _publish_local(local_path(url), source)
+            disks.publish(local_path(url), source)
             return
         fs, path = filesystem(url)
         with _naming_bucket(url):
@@ -378,7 +393,7 @@ def exclusive(url: str) -> Iterator[None]:
         yield
         return
     with translate_errors(url):
-        make_folder(local_path(url))
+        disks.make_folder(local_path(url))
         folder = os.open(local_path(url), os.O_RDONLY)
     try:
         try:
@@ -415,20 +430,27 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 def is_own_disk(url: str) -> bool:
     """Returns True if a local folder is on a disk that no other machine sees; False if unknown."""
-    if not is_local(url):
-        return False
-    path = local_path(url).absolute()
-    while not path.exists():
-        path = path.parent
-    device = path.stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return False
-    # proc(5): the device is the third field; the type is the first after " - ".
-    kinds = {line.partition(" - ")[2].split()[0] for line in lines if line.split()[2] == number}
-    return bool(kinds) and kinds <= {*_OWN_DISKS}
+    return is_local(url) and disks.is_own(local_path(url))
+
+
+def prove_folder(url: str, *, machines: bool = False, rewrites: bool = False) -> None:
+    """Proves before any work that a folder can be what jobs need; of stores nothing is asked.
+
+    A file must be readable under its name as it was written, and replace another by a rename. Where
+    several machines write, one name must be given once: by a hard link. Which locks reach the other
+    machines shows nowhere.
+
+    Args:
+      url: The folder; it is made where there is none.
+      machines: Whether several machines write to it.
+      rewrites: Whether files are changed after they were written.
+
+    Raises:
+      StorageError: `disk_unfit`; `permission`, `no_space` and others of `translate_errors`.
+    """
+    if is_local(url):
+        with translate_errors(url):
+            disks.prove(local_path(url), machines=machines, rewrites=rewrites)
 
 
 def free_bytes(url: str) -> int | None:
@@ -439,114 +461,6 @@ def free_bytes(url: str) -> int | None:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def make_folder(path: Path) -> None:
-    """Makes a local folder and its parents.
-
-    Raises:
-      OSError: It cannot be made. Never FileNotFoundError, which means a missing object here.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError as error:
-        raise OSError(errno.EACCES, "folder cannot be made", str(path)) from error
-
-
-def sync_folder(path: Path) -> None:
-    """Flushes a local folder to disk: which names it has survives a power cut from here on."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _publish_local(path: Path, source: Path) -> None:
-    with _replacing(path) as temporary:
-        try:
-            os.rename(source, temporary)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            shutil.copyfile(source, temporary)
-            source.unlink()
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-
-
-def _local_version(path: Path) -> str | None:
-    # Opened, not only looked at: NFS asks its server when a file is opened, and else may answer
-    # with what this machine has known for a minute.
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return None
-    try:
-        return _version_of(os.fstat(descriptor))
-    finally:
-        os.close(descriptor)
-
-
-def _version_of(stat: os.stat_result) -> str:
-    return f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
-
-
-def _replace_local(path: Path, payload: bytes, *, replacing: str) -> bool:
-    try:
-        # For writing: NFS gives exclusive locks of no other files.
-        descriptor = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            logger.warning("%s: the file system has no locks (%s)", path, error)
-        # Whoever has waited for the lock holds that of a file that has been replaced meanwhile.
-        if _version_of(os.fstat(descriptor)) != replacing or _local_version(path) != replacing:
-            return False
-        with _replacing(path) as temporary:
-            _write_synced(temporary, payload)
-        return True
-    finally:
-        os.close(descriptor)
-
-
-def _create_local(path: Path, payload: bytes) -> bool:
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
-    try:
-        _write_synced(temporary, payload)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return path.read_bytes() == payload
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-    return True
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def _write_synced(path: Path, payload: bytes) -> None:
-    with path.open("xb") as stream:
-        stream.write(payload)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _is_known(scheme: str) -> bool:
@@ -608,7 +522,8 @@ def translate_errors(url: str) -> Iterator[None]:
     A missing object stays FileNotFoundError.
 
     Raises:
-      StorageError: `no_space`, `permission`, `not_a_folder` or `storage_failed`, naming the URL.
+      StorageError: `no_space`, `permission`, `disk_unfit`, `not_a_folder` or `storage_failed`,
+        naming the URL.
     """
     try:
         yield
@@ -622,6 +537,8 @@ def translate_errors(url: str) -> Iterator[None]:
             code = "no_space.device"
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
             code = "permission.file"
+        elif number in disks.UNFIT:
+            code = "disk_unfit.operation"
         elif is_access_refused(error):
             code = "permission.store"
         elif number == errno.ENOTDIR or (number == errno.EEXIST and os.path.isfile(url)):

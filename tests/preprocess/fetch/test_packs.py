@@ -21,6 +21,7 @@ from preprocess.fetch.blobs import BlobCache
 from preprocess.fetch.pack_index import LEDGER_ROW, PackIndex
 from shardspec import storage
 from shardspec.errors import StorageError
+from tests.odd_disks import lack
 from tests.preprocess.fetch.damage import blobs_of, damage_blob
 
 CONTENTS = [bytes([i]) * (20 + i) for i in range(4)]
@@ -202,6 +203,32 @@ def test_the_pack_of_a_dead_writer_on_a_disk_that_is_read_only_is_left_alone(tmp
 
     monkeypatch.setattr(os, "open", refuse)
     assert found(tmp_path) == [*CONTENTS[:2], "blob_missing", "blob_missing"]
+
+
+def test_a_disk_that_refuses_at_close_loses_what_is_not_published_alone(tmp_path, monkeypatch):
+    really_close = os.close
+
+    def refuse(descriptor):
+        really_close(descriptor)
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    fill(tmp_path, CONTENTS[:2])
+    cache = BlobCache(tmp_path)
+    with suppress(KeyboardInterrupt), cache.writing():
+        cache.put(CONTENTS[2])
+        monkeypatch.setattr(os, "close", refuse)
+        raise KeyboardInterrupt
+    monkeypatch.undo()
+    assert found(tmp_path)[:2] == CONTENTS[:2]
+
+
+def test_a_disk_that_does_not_change_files_is_refused_before_the_first_is_fetched(
+    tmp_path, monkeypatch
+):
+    lack(monkeypatch, "goofys")
+    with pytest.raises(StorageError) as caught:
+        fill(tmp_path)
+    assert caught.value.reason == "disk_unfit"
 
 
 def test_a_store_without_its_bucket_is_not_tried_for_ever(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """COMMIT and what it trusts: receipts of this very build, and the dataset's own tokenizer."""
 
+import errno
 import os
 import shutil
 
@@ -10,12 +11,14 @@ from preprocess.job.commit import commit
 from preprocess.job.job import Job, JobSettings
 from preprocess.job.pipeline import run_job
 from preprocess.job.planner import load_plan, make_plan
+from preprocess.job.stamps import StampWriter
 from preprocess.job.verify import verify
 from preprocess.recipe import Recipe
 from preprocess.text import TextPolicy
 from shardspec import storage
 from shardspec.errors import ConflictError, StorageError
 from shardspec.manifest import load_manifest
+from tests.odd_disks import lack
 
 
 class Silent:
@@ -212,3 +215,38 @@ def test_a_run_killed_between_commit_and_its_last_removal_is_tidied_by_the_next(
         "train",
     ]
     assert [p.name for p in (out / "plan").iterdir()] == ["train.json"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("mountpoint", "disk_unfit"), ("read_only", "permission")]
+)
+def test_a_disk_is_refused_before_the_rows_are_read(kind, reason, tmp_path, monkeypatch):
+    lack(monkeypatch, kind)
+    with pytest.raises(StorageError) as caught:
+        run_job(settings(tmp_path, seed=0), Silent())
+    assert caught.value.reason == reason
+    assert [*tmp_path.rglob("*.json")] == []
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_disk_without_links_and_locks_gives_the_same_manifest(tmp_path, monkeypatch):
+    made = []
+    for folder in ("plain", "odd"):
+        made.append(run_job(settings(tmp_path / folder, seed=0), Silent()).result.sha256)
+        lack(monkeypatch, "gcsfuse")
+        lack(monkeypatch, "lustre_without_locks")
+    assert made[0] == made[1]
+    assert [*tmp_path.rglob(".*")] == []
+
+
+def test_a_disk_that_is_full_when_a_file_is_closed_is_named(tmp_path, monkeypatch):
+    really_close = StampWriter.__exit__
+
+    def close(self, *error):
+        really_close(self, *error)
+        raise OSError(errno.EDQUOT, "disk quota exceeded")
+
+    monkeypatch.setattr(StampWriter, "__exit__", close)
+    with pytest.raises(StorageError) as caught:
+        make_plan(Job(settings(tmp_path, seed=0)), Silent())
+    assert caught.value.reason == "no_space"

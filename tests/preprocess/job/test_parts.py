@@ -36,6 +36,7 @@ from preprocess.text import TextPolicy
 from shardspec import storage
 from shardspec.errors import ConfigError, ConflictError, ShardsError, StorageError
 from tests.inline import Processes, Quiet, cluster
+from tests.odd_disks import lack, remember
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -304,6 +305,24 @@ def test_an_output_that_other_machines_do_not_see_is_refused(tmp_path, monkeypat
     run(settings(tmp_path, "0/2", own_disk="refuse"))
     assert run(settings(tmp_path, "1/2", own_disk="refuse")).result is not None
     run(settings(tmp_path, "0/1", own_disk="refuse", out=str(tmp_path / "alone")))
+
+
+def test_parts_on_a_disk_that_cannot_keep_them_apart_are_refused(tmp_path, monkeypatch):
+    lack(monkeypatch, "gcsfuse")
+    with pytest.raises(StorageError) as caught:
+        run(settings(tmp_path, "0/2", own_disk="refuse"))
+    assert caught.value.reason == "disk_unfit"
+    assert names(str(tmp_path / "out")) == []
+    run(settings(tmp_path, "0/2"))
+    assert run(settings(tmp_path, "1/2")).result is not None
+
+
+def test_the_part_that_builds_the_last_shard_commits_whatever_its_machine_remembers(
+    tmp_path, monkeypatch
+):
+    remember(monkeypatch)
+    run(settings(tmp_path, "0/2", own_disk="refuse"))
+    assert run(settings(tmp_path, "1/2", own_disk="refuse")).result is not None
 
 
 # --- who may join
