@@ -38,8 +38,8 @@ def lack(monkeypatch, kind):
     def is_folder(descriptor):
         return Path(f"/proc/self/fd/{descriptor}").is_dir()
 
-    def opens(flags):
-        return lambda path, mode, *_: bool(mode & flags) and not mode & os.O_CREAT
+    def changes(path, flags, *_):
+        return bool(flags & os.O_RDWR) and Path(path).exists()
 
     def makes(path, mode="r", *_):
         return any(letter in mode for letter in "xwa")
@@ -49,7 +49,7 @@ def lack(monkeypatch, kind):
         "link": (os, "link", lambda *_: True),
         "replace": (os, "replace", lambda *_: True),
         "pwrite": (os, "pwrite", lambda *_: True),
-        "rewrite": (os, "open", opens(os.O_RDWR)),
+        "rewrite": (os, "open", changes),
         "fsync of folders": (os, "fsync", is_folder),
         "create": (Path, "open", makes),
         "write": (os, "fsync", lambda *_: True),

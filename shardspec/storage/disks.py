@@ -224,7 +224,7 @@ def create(path: Path, payload: bytes) -> bool:
 def _create_without_links(path: Path, temporary: Path) -> bool:
     # Not the folder's lock, which whoever holds an output has.
     lock = path.with_name(f".lock.tmp-{0:032x}")
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(lock, os.O_RDONLY | os.O_CREAT, 0o666)
     try:
         _lock(descriptor, path.parent)
         if version(path) is not None:
