@@ -76,9 +76,10 @@ def remember(monkeypatch):
     known = {}
 
     def once(key, ask):
-        if key not in known:
-            known[key] = ask()
-        return known[key]
+        found = known.get(key)  # another thread may drop it meanwhile
+        if found is None:
+            known[key] = found = (ask(),)
+        return found[0]
 
     class Scan(list):
         def __enter__(self):
@@ -104,7 +105,7 @@ def remember(monkeypatch):
             folder = str(Path(path).parent)
             for key in [*known]:
                 if folder in (key[1], str(Path(key[1]).parent)):
-                    del known[key]
+                    known.pop(key, None)
         return descriptor
 
     monkeypatch.setattr(
