@@ -236,12 +236,15 @@ class Preparer:
         """Makes the frames of a video; it keeps a process that decodes."""
         return VideoPreparer(self.recipe.video, self.recipe.image)
 
-    def __call__(self, example: Mapping[str, Any], *, key: str | None = None) -> PreparedSample:
+    def __call__(
+        self, example: Mapping[str, Any], *, key: str | None = None, for_storing: bool = False
+    ) -> PreparedSample:
         """Prepares one example.
 
         Args:
           example: As `preprocess.datasets.base` describes it.
           key: The sample's key; None computes it from the image's bytes and the text.
+          for_storing: Whether images that are kept as their files need no pixels.
 
         Raises:
           SampleError: The example cannot become a sample; `reason` says why.
@@ -291,6 +294,7 @@ class Preparer:
                 geometry=geometry,
                 where=key,
                 frame=image.frame if isinstance(image, PageImage) else 0,
+                for_storing=for_storing,
             )
             for image, source in zip(found, sources, strict=True)
         )

@@ -151,8 +151,8 @@ class Geometry(enum.IntFlag):
 class PreparedImage:
     """One image of a prepared sample: upright, sRGB, at its stored size."""
 
-    pixels: np.ndarray
-    """uint8 [H, W, 3], C-contiguous."""
+    pixels: np.ndarray | None
+    """uint8 [H, W, 3], C-contiguous; None where only the file was wanted, which is the source's."""
     source_width: int
     """Width of the upright original, in pixels: tiling is chosen by the original's shape."""
     source_height: int
@@ -162,6 +162,11 @@ class PreparedImage:
     """The original file where it can be stored unchanged; it decodes to `pixels`."""
     overview: np.ndarray | None = None
     """uint8 [h, w, 3], the original at the size of a view's overview; None where none is stored."""
+
+    def require_pixels(self) -> np.ndarray:
+        """Gives the pixels of an image that was not prepared for storing alone."""
+        assert self.pixels is not None
+        return self.pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -521,8 +526,8 @@ def spans_table(
             height, width = image.overview.shape[:2]
             rows.append((int(SpanKind.OVERVIEW), i, width, height, 0, 0, 0, 0))
     for i, image in enumerate(images):
-        height, width = image.pixels.shape[:2]
         source = (image.source_width, image.source_height)
+        width, height = source if image.pixels is None else image.pixels.shape[1::-1]
         rows.append((int(SpanKind.IMAGE), i, *source, width, height, 0, int(image.geometry)))
     rows += [(int(SpanKind.IMAGE), i, *row) for i, row in enumerate(in_clips, len(images))]  # type: ignore[misc]
     return np.array(rows, dtype="<i4").reshape(-1, SPAN_COLUMNS)

@@ -64,7 +64,7 @@ def assemble(
     question = question or 0
     planner = _planner(view, ids)
     plan = planner.plan(sample.tokens, sample.spans, rng, key=sample.key, question=question)
-    sources = [(image.pixels, image.overview) for image in sample.images]
+    sources = [(image.require_pixels(), image.overview) for image in sample.images]
     clips = prepared_clips(sample)
     draft = Draft(plan, sources, clips=clips, view=view, key=sample.key, scratch=Scratch())
     if plan.asked is not None:

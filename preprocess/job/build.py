@@ -369,7 +369,7 @@ def prepare_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache)
     if "video" in row:
         example["video"] = [_open_video(each, cache=cache) for each in row["video"]]
     try:
-        return preparer(example, key=row["key"])
+        return preparer(example, key=row["key"], for_storing=True)
     except (ShardsError, MemoryError, OSError):
         raise
     except Exception as error:  # noqa: BLE001 - messages come from adapters: one row, not the job

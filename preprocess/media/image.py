@@ -230,6 +230,7 @@ class ImagePreprocessor:
         where: str = "",
         frame: int = 0,
         num_frames: int = 0,
+        for_storing: bool = False,
     ) -> PreparedImage:
         """Prepares one image.
 
@@ -240,6 +241,8 @@ class ImagePreprocessor:
           where: Row or URL, named in errors; a path names itself.
           frame: Which picture of a file is meant that has several, such as a page of a TIFF.
           num_frames: Of the video that the pixels are a frame of; 0 for no video.
+          for_storing: Whether only what is stored is wanted: a JPEG that is kept as its file then
+            has no pixels, which saves a third of decoding it.
 
         Returns:
           The image; its pixels are to be read only, they may be the caller's own array.
@@ -271,7 +274,8 @@ class ImagePreprocessor:
         try:
             plan = self._plan(image, source, where)
             with self.memory.hold(plan.num_bytes) if self.memory else nullcontext():
-                return self._sized(self._from_file(image, source, plan, where), geometry)
+                settled = self._from_file(image, source, plan, where, for_storing=for_storing)
+                return self._sized(settled, geometry)
         except MemoryError:
             raise StorageError(
                 "image_memory", where=where, width_px=image.width, height_px=image.height
@@ -296,7 +300,7 @@ class ImagePreprocessor:
         codec, kept = self.policy.codec, image.kept
         if kept is not None and codec != "lossless":
             return kept
-        encoded = encode_stored(image.pixels, codec=codec, quality=self.policy.quality)
+        encoded = encode_stored(image.require_pixels(), codec=codec, quality=self.policy.quality)
         return encoded if kept is None else min(kept, encoded, key=len)
 
     def encode_overview(self, overview: np.ndarray) -> bytes:
@@ -332,10 +336,17 @@ class ImagePreprocessor:
                 if detailed and num_bytes <= limits.max_decode_bytes:
                     return _Plan(reduce=reduce, num_bytes=num_bytes, size=size)
         limits.check_memory(image, whole_bytes, where=where)
-        return _Plan(reduce=1, num_bytes=whole_bytes, size=size)
+        is_final = resized is None and turn is None
+        return _Plan(reduce=1, num_bytes=whole_bytes, size=size, is_final=is_final)
 
     def _from_file(
-        self, image: ImageFile.ImageFile, payload: bytes, plan: _Plan, where: str
+        self,
+        image: ImageFile.ImageFile,
+        payload: bytes,
+        plan: _Plan,
+        where: str,
+        *,
+        for_storing: bool,
     ) -> _Settled:
         """Decodes a file; gives the bytes to keep as well, where the image is theirs exactly."""
         pixels = None
@@ -357,6 +368,13 @@ class ImagePreprocessor:
         if plan.reduce != 1:
             pixels = _decode_reduced(payload, image, plan.reduce, where)
             return self._settle(image, where, pixels=pixels, plan=plan)
+        if (
+            for_storing
+            and bare is not None
+            and self._is_stored_alone(image, plan, where)
+            and _is_sound_jpeg(bare, image.size)
+        ):
+            return _Settled(image=None, size=image.size, kept=bare)
         if is_jpeg(image):
             # What is kept is also what is decoded: one pass both makes the pixels and proves them.
             pixels = _decode_jpeg(bare or payload, image.mode, where)
@@ -364,6 +382,11 @@ class ImagePreprocessor:
         settled = self._settle(image, where, pixels=pixels)
         unchanged = settled.image is (image if pixels is None else pixels)
         return replace(settled, kept=bare) if unchanged else settled
+
+    def _is_stored_alone(self, image: ImageFile.ImageFile, plan: _Plan, where: str) -> bool:
+        """Returns True for a JPEG of which the file is stored, and nothing made of its pixels."""
+        final = is_jpeg(image) and plan.is_final and self._overview_size(*image.size) is None
+        return final and self._profile(image, where) is None
 
     def _settle(
         self,
@@ -414,7 +437,7 @@ class ImagePreprocessor:
         small = self._overview_size(width, height)
         overview, kept = None, settled.kept
         found = settled.image
-        if small is not None or stored != settled.size:
+        if found is not None and (small is not None or stored != settled.size):
             whole = found if isinstance(found, Image.Image) else Image.fromarray(found)
             if small is not None:
                 overview = np.asarray(self._resized(whole, small, settled))
@@ -505,13 +528,16 @@ class _Plan:
     """Memory that it takes."""
     size: tuple[int, int]
     """(width, height) of the upright original."""
+    is_final: bool = False
+    """Whether it is neither turned nor resized."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Settled:
     """A decoded image in sRGB."""
 
-    image: Image.Image | np.ndarray
+    image: Image.Image | np.ndarray | None
+    """None where `kept` alone is wanted."""
     size: tuple[int, int]
     """(width, height) of the upright original."""
     turn: Image.Transpose | None = None
@@ -688,6 +714,28 @@ def _decode_jpeg(payload: bytes, mode: str, where: str) -> np.ndarray | None:
         if "Corrupt JPEG data" in cause or "Premature end" in cause or "truncated" in cause:
             refuse_file(cause, where)
         return None
+
+
+def _is_sound_jpeg(payload: bytes, size: tuple[int, int]) -> bool:
+    """Returns True if strict decoding of an RGB JPEG of this size would find no damage.
+
+    All coefficients are parsed, as for the picture, and only their averages become pixels: damage
+    is what the parser meets. False may also mean that decoding it whole is needed to know.
+    """
+    if jpeg_decoder() != "simplejpeg":
+        return False
+    import simplejpeg
+
+    try:
+        require_payload(payload)
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(payload)
+        if (width, height) != size or colors in ("CMYK", "YCCK"):
+            return False
+        least = {"min_height": -(-height // 8), "min_width": -(-width // 8)}
+        simplejpeg.decode_jpeg(payload, colorspace="RGB", strict=True, **least)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_tiff(payload: bytes, image: TiffImageFile, where: str, *, most_bytes: int) -> None:

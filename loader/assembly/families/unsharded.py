@@ -37,7 +37,7 @@ def assemble_for_model(
     """
     planner = ModelPlanner(stored, view, limit=None, max_images=None, weight=1.0, purpose=purpose)
     plan = planner.plan(sample.tokens, sample.spans, rng, key=sample.key)
-    sources = [(image.pixels, None) for image in sample.images]
+    sources = [(image.require_pixels(), None) for image in sample.images]
     clips = prepared_clips(sample)
     draft = ModelDraft(
         plan, sources, clips=clips, view=view, stored=stored, key=sample.key, scratch=Scratch()

@@ -22,7 +22,7 @@ from preprocess.media.header import ImageLimits
 from preprocess.media.image import ImagePolicy, ImagePreprocessor
 from shardspec.errors import ConfigError, SampleError, StorageError
 from shardspec.image_file import check_png
-from shardspec.media import decode_stored, encode_stored
+from shardspec.media import decode_stored, encode_stored, jpeg_decoder
 from shardspec.sample import Geometry
 from shardspec.tiling import ImageView, overview_size, stored_size
 from tests.examples import examples
@@ -545,6 +545,60 @@ def test_first_picture_of_a_multi_picture_jpeg_is_kept_alone():
     assert len(image.kept) < len(payload)
     same(image.pixels, np.asarray(Image.open(io.BytesIO(payload))))
     same(decode_stored(image.kept, codec="jpeg"), image.pixels)
+
+
+def kept_jpegs():
+    """JPEGs that are kept, by how they are written."""
+    picture = scene(64, 48)
+    for name, options in {
+        "444": {"subsampling": 0},
+        "420": {"subsampling": 2},
+        "restarts": {"subsampling": 1, "restart_marker_blocks": 3},
+        "optimized": {"optimize": True, "quality": 97},
+    }.items():
+        yield name, saved(picture, "JPEG", **options)
+
+
+def outcome(payload, *, for_storing):
+    try:
+        image = LARGE(payload, for_storing=for_storing)
+    except SampleError as error:
+        return error.reason, error.facts
+    if image.kept is None:
+        return image.pixels.tobytes()
+    # Without pixels only where those of the file are the image's.
+    assert (image.pixels is None) == for_storing
+    return image.kept, (image.source_width, image.source_height)
+
+
+@pytest.mark.skipif(jpeg_decoder() != "simplejpeg", reason="the library that looks for damage")
+@pytest.mark.parametrize(("name", "payload"), [*kept_jpegs()])
+def test_file_that_is_kept_for_storing_is_checked_as_if_it_were_decoded(name, payload):
+    assert outcome(payload, for_storing=True) == outcome(payload, for_storing=False)
+    rng = np.random.RandomState(len(name))
+    refused = 0
+    for _ in range(120):
+        damaged = bytearray(payload)
+        at = rng.randint(2, len(payload))
+        if rng.randint(4):
+            damaged[at] = rng.randint(256)
+        else:
+            del damaged[at : at + rng.randint(1, 40)]
+        want = outcome(bytes(damaged), for_storing=False)
+        assert outcome(bytes(damaged), for_storing=True) == want
+        refused += isinstance(want, tuple) and isinstance(want[0], str)
+    assert refused > 10
+
+
+def test_image_whose_pixels_are_stored_has_them_for_storing():
+    for payload in (saved(scene(), "JPEG", progressive=True), saved(scene(), "PNG")):
+        same(LARGE(payload, for_storing=True).pixels, LARGE(payload).pixels)
+    tiled = ImagePreprocessor(ImagePolicy(views=(TILED,)))
+    payload = saved(scene(378, 378), "JPEG")
+    got, want = (tiled(payload, for_storing=each) for each in (True, False))
+    assert want.kept is not None
+    same(got.pixels, want.pixels)
+    same(got.overview, want.overview)
 
 
 def fitting_png():
