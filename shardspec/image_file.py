@@ -131,12 +131,15 @@ def require_payload(payload: bytes | memoryview) -> None:
             )
 
 
-def check_image_file(payload: bytes, *, form: str) -> None:
+def check_image_file(payload: bytes, *, form: str) -> dict[int, int]:
     """Checks what the structure of a file shows.
 
     Args:
       payload: The file.
       form: Pillow's name of its format; of others than these nothing is compared.
+
+    Returns:
+      Of a JPEG, what `check_jpeg` returns.
 
     Raises:
       ValueError: The file is truncated or damaged; the text says how.
@@ -144,11 +147,12 @@ def check_image_file(payload: bytes, *, form: str) -> None:
     if form == "PNG":
         check_png_rows(payload, check_png(payload))
     elif form in ("JPEG", "MPO"):
-        check_jpeg(payload)
+        return check_jpeg(payload)
     elif form == "WEBP":
         check_webp(payload)
     elif form == "JPEG2000":
         check_jpeg2000(payload)
+    return {}
 
 
 def _parse_frame(marker: int, body: bytes) -> JpegFrame | None:
@@ -257,18 +261,24 @@ def check_webp(payload: bytes | memoryview) -> None:
         raise ValueError(f"truncated WebP: {len(payload)} of {want} bytes")
 
 
-def check_jpeg(payload: bytes) -> None:
+def check_jpeg(payload: bytes) -> dict[int, int]:
     """Checks that the scans of a JPEG give every coefficient of every component.
 
     A file whose markers cannot be followed is left to the decoder to explain.
 
+    Returns:
+      Where the data of each scan ends, by where the length in its header is.
+
     Raises:
       ValueError: No end marker, or scans are missing.
     """
-    at, progressive = 2, False
+    at, progressive, scan = 2, False, 0
+    scan_ends: dict[int, int] = {}
     # Of each component: for each coefficient the lowest bit that a scan has given, or None.
     given: dict[int, list[int | None]] = {}
     while match := JPEG_MARKER.search(payload, at):
+        if scan:
+            scan_ends[scan], scan = match.start(), 0
         marker, at = payload[match.end() - 1], match.end()
         if marker == JPEG_EOI:
             break
@@ -277,17 +287,20 @@ def check_jpeg(payload: bytes) -> None:
         if marker in JPEG_FRAMES and not given and len(body) > 5:
             progressive = marker in _PROGRESSIVE
             given = {i: [None] * _BLOCK_COEFFICIENTS for i in body[6::3][: body[5]]}
-        elif marker == JPEG_SOS and body and len(body) >= 4 + 2 * body[0]:
-            first, last, bits = body[-3:] if progressive else (0, _BLOCK_COEFFICIENTS - 1, 0)
-            for component in body[1 : 1 + 2 * body[0] : 2]:
-                bands = given.get(component, [])
-                bands[first : last + 1] = [bits & 15] * len(bands[first : last + 1])
+        elif marker == JPEG_SOS:
+            scan = at
+            if body and len(body) >= 4 + 2 * body[0]:
+                first, last, bits = body[-3:] if progressive else (0, _BLOCK_COEFFICIENTS - 1, 0)
+                for component in body[1 : 1 + 2 * body[0] : 2]:
+                    bands = given.get(component, [])
+                    bands[first : last + 1] = [bits & 15] * len(bands[first : last + 1])
         at = stop
     else:
         raise ValueError("truncated JPEG: no end marker")
     missing = sorted(component for component, bits in given.items() if any(b != 0 for b in bits))
     if missing:
         raise ValueError(f"truncated JPEG: scans of the components {missing} are missing")
+    return scan_ends
 
 
 def check_jpeg2000(payload: bytes) -> None:

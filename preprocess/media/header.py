@@ -63,6 +63,7 @@ BAND_PX = 1 << 20
 """Pixels that are converted at a time; that takes 16 bytes for each."""
 
 JPEG_SCAN = b"\xff\xda"
+_COEFFICIENTS = "coefficient_bytes"
 _TILE_TAGS = (322, 323, 277)
 """TileWidth, TileLength, SamplesPerPixel (TIFF 6.0)."""
 _TURNED = range(2, 9)
@@ -172,7 +173,8 @@ def open_source(payload: bytes, *, limits: ImageLimits, where: str = "") -> Imag
       where: Named in errors.
 
     Returns:
-      The image, not decoded yet. `info["icc_profile"]` is its colour profile.
+      The image, not decoded yet. `info["icc_profile"]` is its colour profile, and of a JPEG
+      `info["coefficient_bytes"]` what `coefficient_bytes` says of it, which reads the whole file.
 
     Raises:
       SampleError: `image_empty`, `image_bomb`, `image_truncated`, `image_decode`.
@@ -203,14 +205,15 @@ def open_source(payload: bytes, *, limits: ImageLimits, where: str = "") -> Imag
         require_payload(payload)
     except ValueError as error:
         refuse_file(error, where)
-    reduce, held = 1, 0.0
+    reduce = 1
     if is_jpeg(image):
         scans = payload.count(JPEG_SCAN)
         if scans > MAX_SCANS:
             raise SampleError("image_bomb.scans", where=where, most_scans=MAX_SCANS, scans=scans)
-        reduce, held = max(REDUCTIONS), coefficient_bytes(payload, scans=scans)
+        reduce = max(REDUCTIONS)
+        image.info[_COEFFICIENTS] = coefficient_bytes(payload, scans=scans)
     # At least this much: what is stored of it is not known here.
-    need_bytes = decode_bytes(image, payload, reduce=reduce, resized=(0, 0), coefficients=held)
+    need_bytes = decode_bytes(image, payload, reduce=reduce, resized=(0, 0))
     limits.check_memory(image, need_bytes, where=where)
     return image
 
@@ -226,7 +229,6 @@ def decode_bytes(
     *,
     reduce: int = 1,
     resized: tuple[int, int] | None = None,
-    coefficients: float | None = None,
 ) -> int:
     """Estimates the most memory that decoding, converting and resizing an image takes.
 
@@ -235,7 +237,6 @@ def decode_bytes(
       payload: Its file.
       reduce: Of a JPEG: it is decoded at 1/reduce of its sides.
       resized: (width, height) to resize to afterwards; None where it stays as it is.
-      coefficients: What `coefficient_bytes` says of a JPEG; None to count, which reads the file.
 
     Returns:
       Bytes, beside the file itself.
@@ -244,8 +245,7 @@ def decode_bytes(
     fixed = 0
     if is_jpeg(image):
         # Coefficients are held at full size, whatever comes of them.
-        held = coefficient_bytes(payload) if coefficients is None else coefficients
-        fixed = round(image.width * image.height * held)
+        fixed = round(image.width * image.height * image.info[_COEFFICIENTS])
         decoder = 4 if image.mode == "CMYK" else 3
     else:
         decoder = _DECODER_BYTES.get(image.format or "", 0)

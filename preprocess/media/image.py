@@ -320,10 +320,7 @@ class ImagePreprocessor:
         resized = None if stored == size else stored
         stored_w, stored_h = stored[::-1] if turn in _SWAPPING else stored
         limits = self.policy.limits
-        held = coefficient_bytes(payload) if is_jpeg(image) else 0.0
-        estimate = functools.partial(
-            decode_bytes, image, payload, resized=resized, coefficients=held
-        )
+        estimate = functools.partial(decode_bytes, image, payload, resized=resized)
         whole_bytes = estimate()
         reduces = self.policy.decode == "reduced"
         if (reduces or whole_bytes > limits.max_decode_bytes) and is_jpeg(image):
@@ -351,6 +348,7 @@ class ImagePreprocessor:
         """Decodes a file; gives the bytes to keep as well, where the image is theirs exactly."""
         pixels = None
         bare = None
+        scan_ends: Mapping[int, int] = {}
         try:
             if image.format == "PNG":
                 chunks = check_png(payload)
@@ -358,11 +356,11 @@ class ImagePreprocessor:
                 if may_lack_rows(image):
                     check_png_rows(payload, chunks)
             else:
-                check_image_file(payload, form=str(image.format))
+                scan_ends = check_image_file(payload, form=str(image.format))
             if isinstance(image, TiffImageFile):
                 _check_tiff(payload, image, where, most_bytes=plan.num_bytes)
             if self.policy.keep == "auto":
-                bare = _bare_file(payload, image, self.policy.codec)
+                bare = _bare_file(payload, image, self.policy.codec, scan_ends)
         except PILLOW_DECODE_ERRORS as error:
             refuse_file(error, where)
         if plan.reduce != 1:
@@ -727,7 +725,6 @@ def _is_sound_jpeg(payload: bytes, size: tuple[int, int]) -> bool:
     import simplejpeg
 
     try:
-        require_payload(payload)
         height, width, colors, _ = simplejpeg.decode_jpeg_header(payload)
         if (width, height) != size or colors in ("CMYK", "YCCK"):
             return False
@@ -814,14 +811,22 @@ def _decode_reduced(
     return None
 
 
-def _bare_file(payload: bytes, image: Image.Image, codec: Codec) -> bytes | None:
+def _bare_file(
+    payload: bytes, image: Image.Image, codec: Codec, scan_ends: Mapping[int, int]
+) -> bytes | None:
     """Copies a file without its metadata, if its compressed data could be stored as it is.
+
+    Args:
+      payload: The file.
+      image: Its header.
+      codec: That it would be stored in.
+      scan_ends: Of a JPEG, what `check_jpeg` returned.
 
     Raises:
       ValueError: A PNG that `check_png` refuses.
     """
     if codec == "jpeg" and image.format in ("JPEG", "MPO"):
-        return _bare_jpeg(payload)
+        return _bare_jpeg(payload, scan_ends)
     if codec in ("png", "lossless") and image.format == "PNG":
         return _bare_png(payload)
     if codec in ("webp", "lossless") and image.format == "WEBP" and image.mode == "RGB":
@@ -831,7 +836,7 @@ def _bare_file(payload: bytes, image: Image.Image, codec: Codec) -> bytes | None
     return None
 
 
-def _bare_jpeg(payload: bytes) -> bytes | None:
+def _bare_jpeg(payload: bytes, scan_ends: Mapping[int, int]) -> bytes | None:
     """Copies a baseline three-component JPEG: tables, frame, scan, JFIF and Adobe markers.
 
     None for anything else: progressive files cost three times as much to decode at each load, and
@@ -852,10 +857,9 @@ def _bare_jpeg(payload: bytes) -> bytes | None:
             return None
         if marker == JPEG_SOS:
             scans += 1
-            following = JPEG_MARKER.search(payload, stop)
-            if body[-3:] != _SEQUENTIAL_SCAN or following is None:
+            if body[-3:] != _SEQUENTIAL_SCAN or at not in scan_ends:
                 return None
-            stop = following.start()
+            stop = scan_ends[at]
         if _keeps_meaning(marker, body):
             parts.append(bytes((0xFF, marker)) + payload[at:stop])
         at = stop
