@@ -122,13 +122,18 @@ def mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def keyed(*parts: int) -> int:
+def keyed(*parts: int, state: int = 0) -> int:
     """Hashes a tuple of integers to 64 bits; the order of the parts matters.
+
+    Args:
+      parts: The integers.
+      state: The hash of those in front of them, so that what many tuples share is hashed once.
 
     >>> keyed(1, 2) == keyed(2, 1)
     False
+    >>> keyed(1, 2, 3) == keyed(3, state=keyed(1, 2))
+    True
     """
-    state = 0
     for part in parts:
         state = mix((state + _GAMMA) ^ mix((part + _GAMMA) & _MASK))
     return state

@@ -264,8 +264,9 @@ class DataFormatter:
     ) -> tuple[Variant, ...]:
         drawn = []
         for a, message in enumerate(messages):
+            state = keyed(base, a)
             for v in range(self.policy.num_variants):
-                rng = self.rng(keyed(base, a, v) >> 32)
+                rng = self.rng(keyed(v, state=state) >> 32)
                 draw = self._draw(message, rng)
                 user, response = draw.style.draw(message, draw)
                 if self.styles[message["style"]].bare:

@@ -278,6 +278,9 @@ def place_media(
         have no meaning where they are.
     """
     marks = [IMAGE_PLACEHOLDER, *([VIDEO_PLACEHOLDER] if num_videos else [])]
+    # Without the end of a placeholder none is there, not even where two texts meet.
+    if not any(">" in variant.prompt or ">" in variant.response for variant in _variants(branches)):
+        return branches, [0] * num_videos
     pattern = re.compile("|".join(map(re.escape, marks)))
     orders = {
         tuple(pattern.findall("".join(v.prompt + v.response for v in drawn)))
