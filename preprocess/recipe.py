@@ -81,7 +81,14 @@ from shardspec.errors import ConfigError, SampleError
 from shardspec.families import family_to_dict, plan_videos
 from shardspec.index import longest_sequence
 from shardspec.manifest import canonical_json
-from shardspec.sample import Geometry, PreparedSample, image_rows, spans_table, video_rows
+from shardspec.sample import (
+    Geometry,
+    PreparedImage,
+    PreparedSample,
+    image_rows,
+    spans_table,
+    video_rows,
+)
 from shardspec.tiling import FrameView, num_image_tokens
 
 KEY_BYTES = 12
@@ -122,6 +129,25 @@ class Recipe:
         if not self.text.movable:
             del text["movable"]
         return {"text": text, "image": {**image, "views": views}, "seed": self.seed}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedExample:
+    """An example whose images are decoded and whose texts are not formatted yet."""
+
+    key: str
+    example: Mapping[str, Any]
+    messages: Sequence[Mapping[str, Any]]
+    """Those of the row, for the record."""
+    texts: Sequence[str]
+    """All texts of the messages."""
+    geometry: Geometry
+    images: tuple[PreparedImage, ...]
+    videos: Sequence[bytes | Path | SceneVideo]
+    clips: Sequence[Clip | None]
+    subtitles: Sequence[Sequence[Any]]
+    num_bytes: int
+    """Memory that its files and pixels take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +275,15 @@ class Preparer:
         Raises:
           SampleError: The example cannot become a sample; `reason` says why.
         """
+        return self.finish(self.open(example, key=key, for_storing=for_storing))
+
+    def open(
+        self, example: Mapping[str, Any], *, key: str | None = None, for_storing: bool = False
+    ) -> OpenedExample:
+        """Checks the texts of an example and decodes its images: the first half of `__call__`.
+
+        Args and errors are those of `__call__`.
+        """
         if "messages" in example and "message_list" not in example:
             example = parse_messages(example)
         if not example.get("message_list"):
@@ -298,10 +333,32 @@ class Preparer:
             )
             for image, source in zip(found, sources, strict=True)
         )
+        return OpenedExample(
+            key=key,
+            example=example,
+            messages=told,
+            texts=texts,
+            geometry=geometry,
+            images=images,
+            videos=videos,
+            clips=clips,
+            subtitles=subtitles,
+            num_bytes=sum(map(_held_bytes, [*sources, *videos, *(each.pixels for each in images)])),
+        )
+
+    def finish(self, opened: OpenedExample) -> PreparedSample:
+        """Formats and tokenizes the texts of an example: the second half of `__call__`.
+
+        Raises:
+          SampleError: As `__call__`.
+        """
+        example, key, images = opened.example, opened.key, opened.images
+        told, geometry = opened.messages, opened.geometry
+        videos, clips, subtitles = opened.videos, opened.clips, opened.subtitles
         sizes = [(image.source_width, image.source_height) for image in images]
         windows = example.get("windows") or ()
         if windows:
-            if videos or any(IMAGE_PLACEHOLDER in text for text in texts):
+            if videos or any(IMAGE_PLACEHOLDER in text for text in opened.texts):
                 raise SampleError("sample_windows.media", where=key)
             sizes = window_sizes(windows, sizes, num_messages=len(told), key=key)
         # Texts name frames of the first video, as `add_video_facts` has it.
@@ -517,6 +574,10 @@ class Preparer:
                 raise SampleError("image_url", where=image)
             return self.read_url(image)
         return image
+
+
+def _held_bytes(value: Any) -> int:
+    return len(value) if isinstance(value, bytes) else getattr(value, "nbytes", 0)
 
 
 def window_sizes(

@@ -2,15 +2,18 @@
 
 import errno
 import tempfile
+from pathlib import Path
 
 import pytest
 
 from preprocess.fetch.blobs import BlobCache
-from preprocess.job.build import sample_size, scratch_folder, variant_bytes
+from preprocess.job import build
+from preprocess.job.build import BuildContext, sample_size, scratch_folder, variant_bytes
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import TextPolicy
 from preprocess.text.tokens import load_tokenizer
 from shardspec.errors import StorageError
+from shardspec.manifest import canonical_json
 from shardspec.sample import spans_table
 
 ONE = 1_000_000
@@ -40,6 +43,42 @@ def test_measured_sample_counts_the_variants_of_the_recipe(tmp_path, num_variant
     assert (size.variant_bytes > 0) == (num_variants > 1)
     # The response is stored once: far less than eight times its tokens.
     assert size.variant_bytes < 4 * size.num_tokens
+
+
+def built(folder, monkeypatch, *, block):
+    """Builds a shard of images and texts, some of which are refused early or late."""
+    monkeypatch.setattr(build, "_BLOCK_ROWS", block)
+    preparer = Preparer(recipe=Recipe(), tokenizer=load_tokenizer())
+    context = BuildContext(
+        preparer=preparer, dataset="d", split="train", out=str(folder), num_shards=1,
+        build_key="b", blobs=str(folder / "blobs"), scratch=str(folder / "scratch"),
+    )  # fmt: skip
+    texts = ["a ball", "<|endoftext|>", "two balls", " ", "three balls"]
+    lines = [
+        canonical_json(
+            {
+                "key": f"k{i}",
+                "position": i,
+                "image": {"kind": "scene", "seed": 0, "idx": i} if i < 3 else None,
+                "example": {"message_list": [{"style": "long_caption", "text": text}]},
+            }
+        )
+        for i, text in enumerate(texts)
+    ]
+    url = Path(build.rows_url(str(folder), "train", 0))
+    url.parent.mkdir(parents=True)
+    url.write_bytes(b"".join(lines))
+    told = []
+    shard = build.build_shard(context, 0, told.append)
+    with shard.scratch:
+        return shard.path.read_bytes(), shard.index, shard.quarantined, shard.receipt, told
+
+
+def test_rows_are_the_same_however_many_are_opened_at_a_time(tmp_path, monkeypatch):
+    alone = built(tmp_path / "alone", monkeypatch, block=1)
+    assert [reason for reason in alone[-1] if reason] == ["control_token", "message_fields"]
+    for block in (2, 3, 5, 64):
+        assert built(tmp_path / str(block), monkeypatch, block=block) == alone
 
 
 def test_a_disk_that_has_no_room_for_a_folder_is_full(tmp_path, monkeypatch):
