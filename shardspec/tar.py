@@ -24,6 +24,12 @@ MAX_NAME = 100
 MAX_MEMBER_BYTES = 8**11 - 1
 """Largest size that the eleven octal digits of a ustar header can express."""
 
+# What all headers share: mode, uid and gid; the time; what is after the checksum: the type of a
+# regular file, no link, the magic. The field of the checksum counts as eight spaces.
+_OWNER, _MTIME = b"0000644\0" + 2 * b"0000000\0", b"00000000000\0"
+_REST = (b"0" + bytes(100) + b"ustar\x0000").ljust(BLOCK - 156, b"\0")
+_REST_SUM = sum(_REST) + sum(b" " * 8)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TarMember:
@@ -85,18 +91,9 @@ def member_header(name: str, num_bytes: int) -> bytes:
         raise ValueError(f"tar member name must have 1 to {MAX_NAME} bytes, no NUL: {name!r}")
     if not 0 <= num_bytes <= MAX_MEMBER_BYTES:
         raise ValueError(f"tar member {name!r} is too large: {num_bytes} bytes")
-    header = bytearray(BLOCK)
-    header[0 : len(encoded)] = encoded
-    header[100:108] = b"0000644\0"
-    header[108:116] = b"0000000\0"
-    header[116:124] = b"0000000\0"
-    header[124:136] = b"%011o\0" % num_bytes
-    header[136:148] = b"00000000000\0"
-    header[148:156] = b" " * 8
-    header[156:157] = b"0"
-    header[257:265] = b"ustar\x0000"
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
+    head = encoded.ljust(MAX_NAME, b"\0") + _OWNER + b"%011o\0" % num_bytes + _MTIME
+    checksum = sum(head) + _REST_SUM
+    return b"%b%06o\0 %b" % (head, checksum, _REST)
 
 
 class TarWriter:

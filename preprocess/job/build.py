@@ -47,6 +47,9 @@ SCRATCH = ".scratch"
 
 _READS_AT_ONCE = 16
 
+_BUFFER_BYTES = 2**20
+"""Of the file that samples are written to, so that small members are not written one by one."""
+
 _BLOCK_ROWS, _BLOCK_BYTES = 32, 16 * 2**20
 """Rows that are opened before their texts are formatted, and the memory that ends a block."""
 
@@ -151,7 +154,7 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
     views = context.preparer.recipe.image.views
     with ExitStack() as stack:
         path = stack.enter_context(scratch_folder(context.scratch)) / "shard.tar"
-        with storage.translate_errors(str(path)), path.open("wb") as stream:
+        with storage.translate_errors(str(path)), path.open("wb", _BUFFER_BYTES) as stream:
             writer = TarWriter(stream)
             for row, opened in _opened_rows(context.preparer, rows, cache=context.cache):
                 try:

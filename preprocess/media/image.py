@@ -431,11 +431,19 @@ class ImagePreprocessor:
     def _sized(self, settled: _Settled, geometry: Geometry, num_frames: int = 0) -> PreparedImage:
         """Resizes an upright image to what is stored of it."""
         width, height = settled.size
+        if settled.image is None:
+            return PreparedImage(
+                pixels=None,
+                source_width=width,
+                source_height=height,
+                geometry=geometry,
+                kept=settled.kept,
+            )
         stored = self._stored_size(width, height, num_frames)
         small = self._overview_size(width, height)
         overview, kept = None, settled.kept
         found = settled.image
-        if found is not None and (small is not None or stored != settled.size):
+        if small is not None or stored != settled.size:
             whole = found if isinstance(found, Image.Image) else Image.fromarray(found)
             if small is not None:
                 overview = np.asarray(self._resized(whole, small, settled))
@@ -729,7 +737,7 @@ def _is_sound_jpeg(payload: bytes, size: tuple[int, int]) -> bool:
         if (width, height) != size or colors in ("CMYK", "YCCK"):
             return False
         least = {"min_height": -(-height // 8), "min_width": -(-width // 8)}
-        simplejpeg.decode_jpeg(payload, colorspace="RGB", strict=True, **least)
+        simplejpeg.decode_jpeg(payload, colorspace="GRAY", strict=True, **least)
     except ValueError:
         return False
     return True
