@@ -614,8 +614,11 @@ def loaded_by(chain: tuple[str, ...]) -> dict[str, set[str]]:
         pytest.param(
             *("shardspec.storage", HEAVY | {"s3fs", "gcsfs", "aiohttp"}), marks=pytest.mark.slow
         ),
-        ("preprocess.__main__", HEAVY | {"tokenizers", "pyarrow", "s3fs", "gcsfs", "loader"}),
-        ("preprocess.job.build", HEAVY | {"loader"}),
+        (
+            "preprocess.__main__",
+            HEAVY | {"aiohttp", "tokenizers", "pyarrow", "s3fs", "gcsfs", "loader"},
+        ),
+        ("preprocess.job.build", HEAVY | {"aiohttp", "loader"}),
         ("vlm_shards", (HEAVY - {"torch"}) | {"tokenizers", "pyarrow", "s3fs", "gcsfs"}),
         ("loader", (HEAVY - {"torch"}) | {"tokenizers", "pyarrow", "s3fs", "gcsfs", "preprocess"}),
     ],

@@ -15,7 +15,7 @@ from loader import MMCollator, MolmoPreprocessor, View
 from loader.assembly import view_collator
 from preprocess.datasets import DatasetBase
 from preprocess.datasets import get_dataset as _open_dataset
-from preprocess.fetch import BlobCache, FetchPolicy, Ledger, fetch_all
+from preprocess.fetch import BlobCache, FetchPolicy, Ledger
 from preprocess.media import ImagePolicy
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import EMBEDDED, Tokenizer, load_tokenizer
@@ -108,6 +108,8 @@ class _Downloads:
     policy: FetchPolicy
 
     def __call__(self, url: str) -> bytes:
+        from preprocess.fetch import fetch_all
+
         root = Path(self.folder).expanduser()
         cache = BlobCache(root)
         # A ledger has one writer at a time, and workers fetch at once: one for each URL.

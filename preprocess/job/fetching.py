@@ -23,7 +23,6 @@ from preprocess.fetch import (
     Ledger,
     decode_results,
     encode_results,
-    fetch_all,
     host_key,
     image_fault,
     read_ledger,
@@ -64,6 +63,8 @@ class FetchContext:
         self, urls: Sequence[str], ledger: Ledger, blobs: BlobCache, report: Callable[[str], None]
     ) -> dict[str, FetchResult]:
         """Downloads some URLs; reports the reason of each failure, or ""."""
+        from preprocess.fetch import fetch_all
+
         return fetch_all(
             urls,
             cache=blobs,

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from preprocess.fetch import FetchPolicy, FetchResult
-from preprocess.job import count_rows, fetching, part_run, planner
+from preprocess.fetch import FetchPolicy, FetchResult, download
+from preprocess.job import count_rows, part_run, planner
 from preprocess.job.job import JobSettings
 from preprocess.job.part_run import run_part
 from preprocess.job.pipeline import run_job
@@ -37,7 +37,7 @@ def names(request, tmp_path, small_jpeg, monkeypatch):
             ledger.append(FetchResult(url=url, status="ok", sha256=sha256, num_bytes=1))
         return {url: ledger.get(url) for url in found}
 
-    monkeypatch.setattr(fetching, "fetch_all", fetch_all)
+    monkeypatch.setattr(download, "fetch_all", fetch_all)
     return [f"http://h{i % 5}.example.org/{i}.jpg" for i in range(NUM_NAMES)]
 
 

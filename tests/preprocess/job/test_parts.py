@@ -19,6 +19,7 @@ from preprocess.fetch import (
     FetchResult,
     Ledger,
     decode_results,
+    download,
     encode_results,
     host_key,
 )
@@ -537,7 +538,7 @@ def urls(write_parquet, tmp_path, small_jpeg, monkeypatch):
             ledger.append(results[url])
         return results
 
-    monkeypatch.setattr(fetching, "fetch_all", fetch_all)
+    monkeypatch.setattr(download, "fetch_all", fetch_all)
     return source, requests
 
 
@@ -788,7 +789,7 @@ def test_hosts_are_dealt_to_the_machines_of_a_cluster(tmp_path, urls, part):
 
 def test_a_machine_that_dies_costs_what_it_was_fetching_alone(tmp_path, urls, monkeypatch):
     source, requests = urls
-    real = fetching.fetch_all
+    real = download.fetch_all
 
     def dies(found, *, ledger, **more):
         real(found[:1], ledger=ledger, **more)
@@ -797,7 +798,7 @@ def test_a_machine_that_dies_costs_what_it_was_fetching_alone(tmp_path, urls, mo
     chosen = url_job(tmp_path, source, engine="ray")
     with cluster(3):
         with monkeypatch.context() as patch:
-            patch.setattr(fetching, "fetch_all", dies)
+            patch.setattr(download, "fetch_all", dies)
             with pytest.raises(KeyboardInterrupt):
                 run_job(chosen, Quiet())
         assert len(requests) == 1
