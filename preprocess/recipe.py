@@ -139,8 +139,6 @@ class OpenedExample:
     example: Mapping[str, Any]
     messages: Sequence[Mapping[str, Any]]
     """Those of the row, for the record."""
-    texts: Sequence[str]
-    """All texts of the messages."""
     geometry: Geometry
     images: tuple[PreparedImage, ...]
     videos: Sequence[bytes | Path | SceneVideo]
@@ -148,6 +146,10 @@ class OpenedExample:
     subtitles: Sequence[Sequence[Any]]
     num_bytes: int
     """Memory that its files and pixels take."""
+    sizes: Sequence[tuple[int, int]]
+    """(width, height) of its images, those of one window."""
+    branches: tuple[Branch, ...] | None = None
+    """Its conversations; None before `Preparer.format`, and with videos, whose frames they name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,12 +277,12 @@ class Preparer:
         Raises:
           SampleError: The example cannot become a sample; `reason` says why.
         """
-        return self.finish(self.open(example, key=key, for_storing=for_storing))
+        return self.finish(self.format(self.open(example, key=key, for_storing=for_storing)))
 
     def open(
         self, example: Mapping[str, Any], *, key: str | None = None, for_storing: bool = False
     ) -> OpenedExample:
-        """Checks the texts of an example and decodes its images: the first half of `__call__`.
+        """Checks the texts of an example and decodes its images: the first step of `__call__`.
 
         Args and errors are those of `__call__`.
         """
@@ -333,21 +335,52 @@ class Preparer:
             )
             for image, source in zip(found, sources, strict=True)
         )
+        sizes = [(image.source_width, image.source_height) for image in images]
+        windows = example.get("windows") or ()
+        if windows:
+            if videos or any(IMAGE_PLACEHOLDER in text for text in texts):
+                raise SampleError("sample_windows.media", where=key)
+            sizes = window_sizes(windows, sizes, num_messages=len(told), key=key)
         return OpenedExample(
             key=key,
             example=example,
             messages=told,
-            texts=texts,
             geometry=geometry,
             images=images,
+            sizes=sizes,
             videos=videos,
             clips=clips,
             subtitles=subtitles,
             num_bytes=sum(map(_held_bytes, [*sources, *videos, *(each.pixels for each in images)])),
         )
 
+    def format(self, opened: OpenedExample) -> OpenedExample:
+        """Formats the texts of an example: the second step of `__call__`.
+
+        Raises:
+          SampleError: As `__call__`.
+        """
+        if opened.videos:
+            return opened
+        formatted = self.formatter(opened.example, key=opened.key, image_sizes=opened.sizes)
+        return replace(opened, branches=formatted)
+
+    def tokenize(self, examples: Iterable[OpenedExample]) -> None:
+        """Tokenizes texts of formatted examples, which `finish` then finds.
+
+        Between the other work of a sample it takes up to twice as long: the processor's caches do
+        not hold both. Texts that are tokenized in parts are left to `finish`.
+        """
+        if self.model is not None or self.tokenizer.chat or self.action_vocab_size is not None:
+            return
+        turns = (
+            turn for each in examples for branch in each.branches or () for turn in branch.turns
+        )
+        texts = {text for turn in turns for each in turn for text in (each.prompt, each.response)}
+        self.tokenizer.remember(text for text in texts if IMAGE_PLACEHOLDER not in text)
+
     def finish(self, opened: OpenedExample) -> PreparedSample:
-        """Formats and tokenizes the texts of an example: the second half of `__call__`.
+        """Tokenizes the texts of an example and lays it out: the last step of `__call__`.
 
         Raises:
           SampleError: As `__call__`.
@@ -355,12 +388,7 @@ class Preparer:
         example, key, images = opened.example, opened.key, opened.images
         told, geometry = opened.messages, opened.geometry
         videos, clips, subtitles = opened.videos, opened.clips, opened.subtitles
-        sizes = [(image.source_width, image.source_height) for image in images]
-        windows = example.get("windows") or ()
-        if windows:
-            if videos or any(IMAGE_PLACEHOLDER in text for text in opened.texts):
-                raise SampleError("sample_windows.media", where=key)
-            sizes = window_sizes(windows, sizes, num_messages=len(told), key=key)
+        sizes, windows = opened.sizes, example.get("windows") or ()
         # Texts name frames of the first video, as `add_video_facts` has it.
         named = int(len(videos) > 0 and any(map(has_times, told)))
         stored = [
@@ -382,7 +410,9 @@ class Preparer:
             )
             for shown, clip in zip(stored, clips, strict=True)
         ]
-        branches = self.formatter(example, key=key, image_sizes=sizes, videos=facts)
+        branches = opened.branches
+        if branches is None:
+            branches = self.formatter(example, key=key, image_sizes=sizes, videos=facts)
         if not branches:
             raise SampleError("no_message.row", where=key)
         placed: Sequence[Branch] = branches

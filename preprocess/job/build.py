@@ -17,9 +17,9 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -44,6 +44,11 @@ from shardspec.tar import BLOCK, TarRange, TarWriter, padded
 
 SCRATCH = ".scratch"
 """Folder of unfinished files below a local output; emptied when a job starts."""
+
+T = TypeVar("T")
+
+Row = Mapping[str, Any]
+"""A row of a plan."""
 
 _READS_AT_ONCE = 16
 
@@ -156,9 +161,9 @@ def build_shard(context: BuildContext, shard: int, on_row: Callable[[str], None]
         path = stack.enter_context(scratch_folder(context.scratch)) / "shard.tar"
         with storage.translate_errors(str(path)), path.open("wb", _BUFFER_BYTES) as stream:
             writer = TarWriter(stream)
-            for row, opened in _opened_rows(context.preparer, rows, cache=context.cache):
+            for row, opened in _formatted_rows(context.preparer, rows, cache=context.cache):
                 try:
-                    sample = _finish_row(context.preparer, row, opened)
+                    sample = _after(context.preparer.finish, row, opened)
                     encoded, overviews = encode_images(context.preparer, sample)
                     members = sample_members(
                         sample,
@@ -359,41 +364,56 @@ def is_in_place(entry: ShardEntry, sizes: Mapping[str, int]) -> bool:
     return all(sizes.get(url) == num_bytes for url, num_bytes in wanted.items())
 
 
-def prepare_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache) -> PreparedSample:
+def prepare_row(preparer: Preparer, row: Row, *, cache: BlobCache) -> PreparedSample:
     """Prepares one row of a plan.
 
     Raises:
       SampleError: The row cannot become a sample.
       StorageError: `blob_missing`, `blob_corrupt`: that is the cache's fault, not the row's.
     """
-    return _finish_row(preparer, row, _open_row(preparer, row, cache=cache))
+    opened = _after(preparer.format, row, _open_row(preparer, row, cache=cache))
+    return _after(preparer.finish, row, opened)
 
 
-def _opened_rows(
-    preparer: Preparer, rows: Iterable[Mapping[str, Any]], *, cache: BlobCache
-) -> Iterator[tuple[Mapping[str, Any], OpenedExample | SampleError]]:
-    """Opens rows a block at a time; gives each in its order, or why it cannot become a sample.
+def _formatted_rows(
+    preparer: Preparer, rows: Iterable[Row], *, cache: BlobCache
+) -> Iterator[tuple[Row, OpenedExample | SampleError]]:
+    """Decodes and formats rows, a block at a time; gives each, or why it cannot become a sample.
 
-    Decoding an image empties the processor's caches, in which texts take half of the time if the
-    texts of several rows follow each other.
+    Each step is done for all rows of a block before the next: decoding an image empties the
+    processor's caches, and texts take half of the time if they follow each other.
     """
-    block: list[tuple[Mapping[str, Any], OpenedExample | SampleError]] = []
+    block: list[tuple[Row, OpenedExample | SampleError]] = []
     num_bytes = 0
     for row in rows:
-        try:
-            opened = _open_row(preparer, row, cache=cache)
-        except SampleError as error:
-            block.append((row, error))
-        else:
-            block.append((row, opened))
-            num_bytes += opened.num_bytes
+        opened = _or_error(partial(_open_row, preparer, row, cache=cache))
+        block.append((row, opened))
+        num_bytes += 0 if isinstance(opened, SampleError) else opened.num_bytes
         if len(block) == _BLOCK_ROWS or num_bytes >= _BLOCK_BYTES:
-            yield from block
+            yield from _formatted(preparer, block)
             block, num_bytes = [], 0
-    yield from block
+    yield from _formatted(preparer, block)
 
 
-def _open_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache) -> OpenedExample:
+def _formatted(
+    preparer: Preparer, block: Iterable[tuple[Row, OpenedExample | SampleError]]
+) -> list[tuple[Row, OpenedExample | SampleError]]:
+    """Formats and tokenizes the texts of a block of rows."""
+    made = [
+        (row, _or_error(partial(_after, preparer.format, row, opened))) for row, opened in block
+    ]
+    preparer.tokenize(each for _, each in made if not isinstance(each, SampleError))
+    return made
+
+
+def _or_error(step: Callable[[], OpenedExample]) -> OpenedExample | SampleError:
+    try:
+        return step()
+    except SampleError as error:
+        return error
+
+
+def _open_row(preparer: Preparer, row: Row, *, cache: BlobCache) -> OpenedExample:
     example = dict(row["example"])
     image = row["image"]
     if isinstance(image, list):
@@ -406,17 +426,16 @@ def _open_row(preparer: Preparer, row: Mapping[str, Any], *, cache: BlobCache) -
         return preparer.open(example, key=row["key"], for_storing=True)
 
 
-def _finish_row(
-    preparer: Preparer, row: Mapping[str, Any], opened: OpenedExample | SampleError
-) -> PreparedSample:
+def _after(step: Callable[[OpenedExample], T], row: Row, opened: OpenedExample | SampleError) -> T:
+    """Takes the next step with a row, if the last one did not fail."""
     if isinstance(opened, SampleError):
         raise opened
     with _row_errors(row):
-        return preparer.finish(opened)
+        return step(opened)
 
 
 @contextmanager
-def _row_errors(row: Mapping[str, Any]) -> Iterator[None]:
+def _row_errors(row: Row) -> Iterator[None]:
     """Makes a SampleError of what a row's values lead to."""
     try:
         yield

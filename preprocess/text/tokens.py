@@ -24,7 +24,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -95,6 +95,10 @@ them."""
 _SHORT_CHARS, _REMEMBERED_TEXTS = 128, 4096
 """Texts of at most this many characters are remembered, and how many: at most some 10 MB. Of the 15
 texts of a caption with two transcripts 12 are prompts, of 72 in all."""
+
+
+_LONG_CHARS, _REMEMBERED_LONG_TEXTS = 4096, 512
+"""The same of those that `Tokenizer.remember` is given, and that are needed once: at most 20 MB."""
 
 
 EncodedPieces = dict[tuple[str, str, str], tuple[list[int], list[int]]]
@@ -177,10 +181,25 @@ class Tokenizer:
 
         return functools.lru_cache(maxsize=_REMEMBERED_TEXTS)(ids)
 
+    @cached_property
+    def _remembered(self) -> dict[str, list[int]]:
+        return {}
+
+    def remember(self, texts: Iterable[str]) -> None:
+        """Encodes texts that `encode` is about to be asked for, once each; forgets earlier ones."""
+        self._remembered.clear()
+        for text in texts:
+            if _SHORT_CHARS < len(text) <= _LONG_CHARS:
+                self._remembered[text] = self.encode(text)
+            if len(self._remembered) >= _REMEMBERED_LONG_TEXTS:
+                break
+
     def encode(self, text: str) -> list[int]:
         """Turns a text into ids; nothing is added at either end."""
         if len(text) <= _SHORT_CHARS:
             return list(self._repeated(text))
+        if found := self._remembered.pop(text, None):
+            return found
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_exchange(

@@ -511,3 +511,18 @@ def test_a_tokenizer_that_is_code_is_refused_and_nobody_is_asked(tmp_path, monke
         load_tokenizer(name)
     assert (caught.value.reason, caught.value.where) == ("tokenizer_code", name)
     assert not mark.exists()
+
+
+def test_remembered_texts_have_the_ids_that_they_have_alone():
+    tokenizer, alone = load_tokenizer(), load_tokenizer()
+    texts = [f"{i} a text that is longer than those of most prompts " * 4 for i in range(3)]
+    texts += ["short", "a text too long to be remembered " * 200]
+    tokenizer.remember(texts)
+    assert set(tokenizer._remembered) == set(texts[:3])
+    for text in [*texts, *texts]:
+        ids = tokenizer.encode(text)
+        assert ids == alone.encode(text)
+        ids.append(-1)  # the caller's own
+    tokenizer.remember(texts[:2])
+    tokenizer.remember([])
+    assert not tokenizer._remembered
