@@ -24,7 +24,6 @@ from preprocess.fetch import (
     decode_results,
     encode_results,
     host_key,
-    image_fault,
     read_ledger,
     redact,
 )
@@ -258,6 +257,8 @@ def _copy_images(job: Job, ledger: Ledger, urls: Sequence[str]) -> None:
 
 def _is_usable(job: Job, known: FetchResult) -> bool:
     """Whether the dataset would have kept what another has downloaded."""
+    from preprocess.fetch import image_fault
+
     if known.reason or known.sha256 is None or not job.blobs.has(known.sha256):
         return False
     with suppress(StorageError):  # damaged: it is requested
