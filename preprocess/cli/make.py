@@ -38,7 +38,9 @@ def make_arguments(given: Sequence[str], verbs: Mapping[str, argparse.ArgumentPa
       ConfigError: `make_variable` (unknown, missing, empty, or not a switch's value),
         `make_target`.
     """
-    verb, pairs = (given[0] if given else ""), dict(each.split("=", 1) for each in given[1:])
+    verb = given[0] if given else ""
+    # A flag has no value of its own: an unknown variable, as make gives it.
+    pairs = {name: value for name, _, value in (each.partition("=") for each in given[1:])}
     if verb not in verbs:
         raise ConfigError("make_target", name=verb, hint=nearest(verb, verbs))
     known = make_variables(verbs[verb])

@@ -74,6 +74,8 @@ def test_values_that_look_like_flags_stay_values():
         ("WHERE", "known: "),
         ("ARGS", "known: "),
         ("HELP", "known: "),
+        ("--source", "known: "),
+        ("", "known: "),
     ],
 )
 def test_unknown_variable_is_refused_with_the_nearest_name(name, offer):
