@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loader.delivery import SHARE_OF, Stats
+from loader.delivery import SAMPLES_OF, SHARE_OF, Stats
 from shardspec.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,10 @@ _GAUGES = frozenset(
 """Of the last steps, as shares of a mixture are; all other numbers are sums."""
 
 _LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+
+_DATASET = "dataset"
+"""Label of the numbers of each dataset of a mixture: as part of a metric's name, two names of
+datasets could become one."""
 
 
 class _Writer:
@@ -122,7 +126,8 @@ class Prometheus(_Writer):
 
         Args:
           path: Of the file, named `*.prom` for the node exporter; each rank needs its own.
-          labels: Of each number, for example `{"rank": "0"}`.
+          labels: Of each number, for example `{"rank": "0"}`. Those of a dataset of a mixture have
+            `dataset` beside them.
 
         Raises:
           ConfigError: `metric_label`.
@@ -130,34 +135,45 @@ class Prometheus(_Writer):
         super().__init__()
         self._path = Path(path)
         self._totals: Counter[str] = Counter()
-        wrong = [name for name in labels or {} if not _LABEL.fullmatch(name) or name[:2] == "__"]
-        if wrong:
-            raise ConfigError("metric_label", got=wrong)
-        pairs = [f'{name}="{_escaped(str(value))}"' for name, value in (labels or {}).items()]
-        self._labels = f"{{{','.join(pairs)}}}" if pairs else ""
+        taken = [
+            name
+            for name in labels or {}
+            if not _LABEL.fullmatch(name) or name[:2] == "__" or name == _DATASET
+        ]
+        if taken:
+            raise ConfigError("metric_label", got=taken)
+        self._labels = {name: str(value) for name, value in (labels or {}).items()}
 
     def _write(self, step: int, stats: Stats) -> None:
         numbers = stats.to_dict()
         # First, so that no sum is lost where the file cannot be written.
         gauges = [name for name in numbers if name in _GAUGES or name.startswith(SHARE_OF)]
         self._totals.update({n: v for n, v in numbers.items() if n not in gauges})
-        lines = self._metric("step", step, kind="gauge")
+        families: dict[str, list[str]] = {}
+        self._add(families, "step", step, kind="gauge")
         for name in gauges:
-            lines += self._metric(name, numbers[name], kind="gauge")
+            self._add(families, name, numbers[name], kind="gauge")
         for name, value in self._totals.items():
-            lines += self._metric(name, value, kind="counter")
-        text = "\n".join([*lines, "# EOF", ""])
+            self._add(families, name, value, kind="counter")
+        text = "\n".join([*(line for lines in families.values() for line in lines), "# EOF", ""])
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self._path)
 
-    def _metric(self, name: str, value: float, *, kind: str) -> list[str]:
+    def _add(self, families: dict[str, list[str]], name: str, value: float, *, kind: str) -> None:
+        labels = self._labels
+        for start, metric in ((SAMPLES_OF, "dataset_samples"), (SHARE_OF, "dataset_share")):
+            if name.startswith(start):
+                labels, name = {**labels, _DATASET: name.removeprefix(start)}, metric
         for short, long in (("_per_s", "_per_second"), ("_s", "_seconds")):
             if name.endswith(short):
                 name = name.removesuffix(short) + long
         full = "vlm_shards_loader_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
         sample = f"{full}_total" if kind == "counter" else full
-        return [f"# TYPE {full} {kind}", f"{sample}{self._labels} {value!r}"]
+        pairs = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels.items())
+        # The samples of a family must follow one another.
+        family = families.setdefault(full, [f"# TYPE {full} {kind}"])
+        family.append(f"{sample}{f'{{{pairs}}}' if pairs else ''} {value!r}")
 
 
 class Fanout:

@@ -29,16 +29,21 @@ def stats(samples=4, **counters):
 
 
 def parsed(text):
-    """Reads OpenMetrics: {name: (type, labels, value)}."""
+    """Reads OpenMetrics: {name: (type, labels, value)}, or {name + labels: ...} of a dataset."""
     *lines, end = text.splitlines()
     assert end == "# EOF"
-    found = {}
-    for head, line in zip(lines[::2], lines[1::2], strict=True):
+    found, families = {}, set()
+    for line in lines:
+        if line.startswith("#"):
+            family, kind = re.fullmatch(r"# TYPE (\w+) (gauge|counter)", line).groups()
+            assert family not in families  # all its samples follow
+            families.add(family)
+            continue
         name, labels, value = SAMPLE.fullmatch(line).groups()
-        family, kind = re.fullmatch(r"# TYPE (\w+) (gauge|counter)", head).groups()
         assert name == (f"{family}_total" if kind == "counter" else family)
-        assert name not in found
-        found[name] = kind, labels or "", float(value)
+        key = name + labels if "dataset=" in (labels or "") else name
+        assert key not in found
+        found[key] = kind, labels or "", float(value)
     return found
 
 
@@ -76,7 +81,23 @@ def test_prometheus_sums_counters_and_keeps_gauges(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.prom"]
 
 
-@pytest.mark.parametrize("name", ["", "a-b", "1a", "__name"])
+def test_datasets_of_a_mixture_are_told_apart_by_a_label(tmp_path):
+    names = ["a-b", "a_b", "a.b", "x_s", "x_seconds", "x", "x_total", 'q"', "日本", "中国"]
+    hook = Prometheus(tmp_path / "a.prom", labels={"rank": "0"})
+    counts = {f"samples_of_{name}": i + 1 for i, name in enumerate(names)}
+    hook(2, stats(samples=100, **counts))
+    hook(4, stats(samples=100, **counts))
+    found = parsed((tmp_path / "a.prom").read_text(encoding="utf-8"))
+    for i, name in enumerate(names):
+        escaped = name.replace('"', r"\"")
+        labels = f'{{rank="0",dataset="{escaped}"}}'
+        total = found[f"vlm_shards_loader_dataset_samples_total{labels}"]
+        assert total == ("counter", labels, 2 * (i + 1))
+        share = found[f"vlm_shards_loader_dataset_share{labels}"]
+        assert share == ("gauge", labels, (i + 1) / 100)
+
+
+@pytest.mark.parametrize("name", ["", "a-b", "1a", "__name", "dataset"])
 def test_labels_that_prometheus_refuses_are_refused(tmp_path, name):
     with pytest.raises(ConfigError) as caught:
         Prometheus(tmp_path / "a.prom", labels={name: "x"})
@@ -176,8 +197,9 @@ def test_numbers_of_a_mixture_are_those_of_its_batches(
         assert sum(line.get(f"samples_of_{name}", 0) for line in lines) == seen[name]
     assert all(line["share_of_caps"] == line["samples_of_caps"] / line["samples"] for line in lines)
     found = parsed((tmp_path / "a.prom").read_text())
-    assert found["vlm_shards_loader_samples_of_caps_total"] == ("counter", "", seen["caps"])
-    assert found["vlm_shards_loader_share_of_caps"] == ("gauge", "", lines[-1]["share_of_caps"])
+    label = '{dataset="caps"}'
+    assert found[f"vlm_shards_loader_dataset_samples_total{label}"][2] == seen["caps"]
+    assert found[f"vlm_shards_loader_dataset_share{label}"][2] == lines[-1]["share_of_caps"]
 
 
 def test_batches_of_the_users_own_are_counted_as_far_as_they_say(
