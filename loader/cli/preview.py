@@ -128,21 +128,24 @@ def preview_page(
     rows = _rows(batch, model)
     cards = [_card(row, number, decode, symbols) for number, row in enumerate(rows)]
     described = [line.split(None, 2) for line in _tensors(batch)]
-    learned = sum(int(row.learned.sum()) for row in rows)
+    num_targets = sum(row.num_targets for row in rows)
     used, places = sum(row.used for row in rows), sum(len(row.ids) for row in rows)
     facts = [
         ("rows", f"{len(rows):,}"),
         ("samples", f"{sum(len(row.parts) for row in rows):,}"),
         ("positions", f"{places:,}"),
         ("padding", f"{1 - used / max(1, places):.1%}"),
-        ("targets under loss", f"{learned:,}"),
+        ("targets under loss", f"{num_targets:,}"),
     ]
     pairs = [element("div", element("dt", name), element("dd", value)) for name, value in facts]
     legend = element(
         "p",
         "Text with a ",
         element("mark", "background"),
-        " is under loss. Crops are the pixels that the model gets.",
+        " is under loss; so is the end of each conversation, which has no position of its own. "
+        "Crops are the pixels that the model gets."
+        if model is None
+        else " is under loss. Crops are the pixels that the model gets.",
         class_="note",
     )
     return page(
@@ -175,6 +178,8 @@ class _Row:
     """int64 [L], with padding; so are the others."""
     learned: np.ndarray
     """bool [L]: the token is a target."""
+    num_targets: int
+    """With those that are no position's token: the ends of conversations."""
     real: np.ndarray
     """bool [L]: no padding."""
     segments: np.ndarray
@@ -205,11 +210,12 @@ def _rows(batch: Mapping[str, Any], model: StoredModel | None) -> list[_Row]:
         segments = batch["subsegment_ids"][i].numpy()
         real = segments >= 0
         if model is None:
-            learned = np.zeros(len(ids), bool)
-            # A branch's last target is its EOS, which is not the next token of the row.
-            learned[1:] = labels[:-1] == ids[1:]
             # Positions begin with 0 in each sample, and nowhere else.
             begins = real & (batch["position_ids"][i].numpy() == 0)
+            # A branch's last target is its EOS, which is not the next token of the row; the BOS of
+            # the next sample may be the same token.
+            learned = np.zeros(len(ids), bool)
+            learned[1:] = (labels[:-1] == ids[1:]) & ~begins[1:]
             crops = batch["images"][i].numpy() if "images" in batch else ()
             pixels = [np.ascontiguousarray(crop.transpose(1, 2, 0)) for crop in crops]
             counts = [image["crops"] for part in parts for image in part["images"]]
@@ -236,6 +242,7 @@ def _rows(batch: Mapping[str, Any], model: StoredModel | None) -> list[_Row]:
                 parts=parts,
                 ids=ids,
                 learned=learned,
+                num_targets=int((labels != -100).sum()),
                 real=real,
                 segments=segments,
                 starts=np.flatnonzero(begins).tolist(),
@@ -318,7 +325,7 @@ def _card(
     crops, padded = len(row.pictures), len(row.ids) - row.used
     dropped = sum(part.get("dropped_branches", 0) for part in row.parts)
     told = (
-        f"{row.used:,} tokens and {padded:,} of padding; {int(row.learned.sum()):,} under loss; "
+        f"{row.used:,} tokens and {padded:,} of padding; {row.num_targets:,} under loss; "
         f"{crops} crop{'' if crops == 1 else 's'}"
         + (f"; {dropped} conversations did not fit" if dropped else "")
     )

@@ -169,6 +169,34 @@ def test_text_only_rows_have_no_crops():
     assert "2 tokens and 1 of padding; 1 under loss; 0 crops" in page.text
 
 
+def packed_pair():
+    """A pack of two samples: a target of the first is 0, which the second begins with."""
+    return {
+        "input_ids": torch.tensor([[7, 1, 2, 0, 3, 4, 0]]),
+        "labels": torch.tensor([[-100, 2, 0, -100, 4, 5, -100]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 0]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 0]]),
+        "subsegment_ids": torch.tensor([[1, 1, 1, 2, 2, 2, -1]]),
+        "metadata": [{"key": "a", "examples": [{"key": k, "images": []} for k in "ab"]}],
+    }
+
+
+def test_targets_that_no_position_holds_are_counted_and_mark_no_other_token():
+    from loader.cli.preview import preview_page
+
+    page = preview_page(packed_pair(), title="T", lead="x", decode=str, symbols={})
+    assert "6 tokens and 1 of padding; 4 under loss; 0 crops" in page
+    texts = re.findall(r"<(span|mark)>(\[.*?\])</", page.replace("\u200b·", ""))
+    assert texts == [("span", "[7,1]"), ("mark", "[2]"), ("span", "[0,3]"), ("mark", "[4]")]
+
+
+def test_numbers_of_targets_are_those_of_the_batch(preview, tiny_dataset):
+    page = preview("--seed", 3, "--global-batch", 4, "--pack")
+    labels = batch_at(tiny_dataset, 0, pack=True)["labels"]
+    told = [int(n.replace(",", "")) for n in re.findall(r"; ([\d,]+) under loss", page.document)]
+    assert told == [int(row) for row in (labels != -100).sum(1)]
+
+
 def test_page_of_a_mixture_shows_the_batch_of_the_run(
     preview, tiny_dataset, inline_cli, tmp_path, capsys
 ):
