@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
+import marshal
 import math
 import time
 from collections.abc import Generator, Mapping
-from pathlib import Path
 from typing import Any
 
 from loader.cli.flame import StackSampler, draw_flame_graph
@@ -20,6 +20,7 @@ from loader.cli.opened import add_mixture, open_dataset
 from loader.cli.verb import Verb, add_dataset, add_flag
 from loader.dataloader import make_dataloader
 from loader.delivery import STAGES, Stats
+from shardspec import storage
 from shardspec.errors import ConfigError
 
 
@@ -79,11 +80,11 @@ def _run(options: argparse.Namespace) -> str:
     lines = [title, *describe_run(stats, first_s=first_s, wall_s=wall_s)]
     if options.model_step is not None:
         lines += ["", describe_feeding(stats, wall_s=wall_s, model_step_s=options.model_step)]
-    if alone:
-        profile.dump_stats(options.profile)
-    elif graph:
-        Path(options.profile).write_text(draw_flame_graph(sampler.stacks, title=title))
     if profiled:
+        profile.create_stats()
+        svg = draw_flame_graph(sampler.stacks, title=title) if graph else ""
+        made = svg.encode() if graph else marshal.dumps(profile.stats)  # as pstats reads it
+        storage.publish_bytes(options.profile, made)
         lines += ["", f"profile: {options.profile}"]
     return "\n".join(lines)
 

@@ -74,3 +74,11 @@ def test_what_cannot_be_timed_is_refused(flag, shards):
     with pytest.raises(ConfigError, match=flag[0]) as caught:
         BENCH.run(parser.parse_args([shards, *flag]))
     assert caught.value.reason == "bench_setting"
+
+
+@pytest.mark.parametrize("name", ["flame.svg", "made.prof"])
+def test_profile_that_cannot_be_written_is_one_error(shards, tmp_path, capsys, name):
+    (tmp_path / "file").write_text("")
+    flags = ["--steps", "1", "--batch-size", "2", "--profile", str(tmp_path / "file" / name)]
+    assert main(["bench", shards, *flags]) == 1
+    assert "storage operation failed" in capsys.readouterr().err

@@ -181,3 +181,8 @@ def test_get_writes_the_members_of_the_tar(url, tmp_path, capsys):
     tokens = next(line for line in lines if ".npy" in line)
     array = np.load(tokens.split("  ")[1].strip() if "bytes" not in tokens else tokens.split()[2])
     assert f"{array.dtype} {list(array.shape)}" in tokens
+
+
+def test_folder_that_cannot_be_made_is_one_error(url, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "error=" in refusal(capsys, "get", url, "sample-0030", "--out", tmp_path / "file")
