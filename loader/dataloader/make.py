@@ -103,7 +103,7 @@ def make_dataloader(
         threads or workers, some of these have nothing to do.
       watchdog_s: Seconds, above 0, that a batch may be awaited before a warning shows the stacks of
         all threads, and worker processes write theirs to standard error: what hangs is there. The
-        run waits on. None: never. Without threads or workers nobody watches.
+        run waits on. None: never.
       pad_side: "left" pads texts in front, for models that generate; see `MMCollator`.
       metadata: Fields of the samples' records that `metadata` has as `record`, plain Python objects
         (question_id, answers, options, points, image_url ...; None where a sample has none); True:

@@ -17,7 +17,7 @@ import torch
 
 from loader.buffers import Allocate
 from loader.delivery.batches import BatchMaker, MadeBatch, Task
-from loader.delivery.watchdog import wait_watched
+from loader.delivery.watchdog import wait_watched, watched
 
 _Job = tuple["Future[MadeBatch]", Callable[[], MadeBatch]]
 
@@ -72,14 +72,17 @@ def make_in_threads(
       threads: Number of threads; 0: each batch is made when it is asked for, in this thread.
       allocate: Gives memory.
       ahead: How far to go ahead.
-      watchdog_s: See `wait_watched`; without threads there is nobody to watch.
+      watchdog_s: See `wait_watched`.
 
     Yields:
       A batch, and how many after it were ready by then.
     """
     if not threads:
         for task in tasks:
-            yield maker.make(task, allocate=allocate), 0
+            with watched(watchdog_s):
+                made = maker.make(task, allocate=allocate)
+            yield made, 0
+            del made
         return
     futures: deque[Future[MadeBatch]] = deque()
     unwanted = threading.Event()

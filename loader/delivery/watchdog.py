@@ -10,7 +10,8 @@ import logging
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,28 @@ def wait_watched(
       ask: Lets worker processes write their stacks too, and says so.
     """
     if limit_s is not None and not wait(limit_s):
-        logger.warning(
-            "a batch has been awaited for %g s%s; the stacks of all threads:\n%s",
-            limit_s, ask(), stacks(),
-        )  # fmt: skip
+        _warn(limit_s, ask())
         wait(None)
+
+
+@contextmanager
+def watched(limit_s: float | None) -> Generator[None, None, None]:
+    """Watches a batch that is made in this thread, as `wait_watched` does: by another one."""
+    if limit_s is None:
+        yield
+        return
+    timer = threading.Timer(limit_s, _warn, (limit_s,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _warn(limit_s: float, told: str = "") -> None:
+    text = "a batch has been awaited for %g s%s; the stacks of all threads:\n%s"
+    logger.warning(text, limit_s, told, stacks())
 
 
 def stacks() -> str:

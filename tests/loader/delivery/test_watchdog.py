@@ -6,7 +6,7 @@ import time
 import pytest
 
 from loader import StreamingDataset, make_dataloader
-from loader.delivery.watchdog import stacks, wait_watched
+from loader.delivery.watchdog import stacks, wait_watched, watched
 from shardspec.errors import ConfigError
 
 
@@ -68,11 +68,24 @@ def sleep_in_worker(example, rng):  # noqa: ARG001
     return example
 
 
-def test_a_function_that_hangs_in_a_thread_is_shown(tiny_dataset, caplog):
+@pytest.mark.parametrize("decode_threads", [0, 1])
+def test_a_function_that_hangs_is_shown(tiny_dataset, caplog, decode_threads):
     TOLD.append(caplog)
-    batch = next(iter(load(tiny_dataset, map=wait_until_told, watchdog_s=0.05)))
+    options = {"map": wait_until_told, "decode_threads": decode_threads, "watchdog_s": 0.05}
+    batches = iter(load(tiny_dataset, **options))
+    batch = next(batches)
+    batches.close()
     assert len(batch["input_ids"]) == 2
     assert any("wait_until_told" in text for text in caplog.messages)
+
+
+def test_what_is_made_in_time_is_not_told_of(caplog):
+    with watched(3600):
+        timer = next(t for t in threading.enumerate() if isinstance(t, threading.Timer))
+    timer.join()
+    with watched(None):
+        pass
+    assert not caplog.messages
 
 
 @pytest.mark.slow
