@@ -48,6 +48,11 @@ while loader.step < options.steps:
         optimizer.zero_grad()
         print(f"step {step} rank {accelerator.process_index} {keys}", flush=True)
         if step % options.save_every == 0:
-            accelerator.save_state(str(options.out / f"step-{step:08d}"))
+            unfinished = options.out / "unfinished"
+            accelerator.save_state(str(unfinished))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                unfinished.rename(options.out / f"step-{step:08d}")
+            accelerator.wait_for_everyone()
         if step == options.steps:
             break

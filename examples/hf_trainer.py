@@ -8,6 +8,7 @@ Under torchrun each process is a rank; a run resumes on any number of them that 
 
 import argparse
 import os
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -16,9 +17,7 @@ from transformers import (
     AutoTokenizer,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from loader import StreamingDataset, make_dataloader
 from loader.integrations import hf
@@ -34,9 +33,10 @@ parser.add_argument("--batch-size", type=int, default=4, help="rows of all ranks
 parser.add_argument("--out", default="runs/hf")
 options = parser.parse_args()
 
-set_seed(0)
+torch.manual_seed(0)
 kind = AutoModelForImageTextToText
-last = get_last_checkpoint(options.out) if os.path.isdir(options.out) else None
+saved = Path(options.out).glob("checkpoint-*/trainer_state.json")  # which is written last
+last = max((each.parent for each in saved), key=lambda each: int(each.name[11:]), default=None)
 if options.random and last is None:
     model = kind.from_config(AutoConfig.from_pretrained(options.model))
 else:  # a Trainer that resumes does not load the weights of every model: docs/trainers.md

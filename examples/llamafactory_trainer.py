@@ -7,7 +7,7 @@ Its workflow makes the trainer in the same way; only dataset and collator are th
 """
 
 import argparse
-import os
+from pathlib import Path
 
 parser = argparse.ArgumentParser()
 parser.add_argument("shards")
@@ -21,14 +21,14 @@ import torch
 from llamafactory.hparams import FinetuningArguments, TrainingArguments
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from loader import StreamingDataset, make_dataloader
 from loader.integrations import hf
 
 set_seed(0)
 kind = AutoModelForImageTextToText
-last = get_last_checkpoint(options.out) if os.path.isdir(options.out) else None
+saved = Path(options.out).glob("checkpoint-*/trainer_state.json")  # which is written last
+last = max((each.parent for each in saved), key=lambda each: int(each.name[11:]), default=None)
 if options.random and last is None:
     model = kind.from_config(AutoConfig.from_pretrained(options.model))
 else:

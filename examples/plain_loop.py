@@ -37,13 +37,13 @@ dataset = StreamingDataset(options.shards, seed=0)
 rows = {"global_batch_size": 1, "pack": True} if options.pack else {"global_batch_size": 4}
 batches = DevicePrefetcher(make_dataloader(dataset, sequence_length=2048, **rows), device)
 check_model(model, batches)  # refuses shards whose pictures the model would not see
-step, saved = 0, sorted(Path(options.out).glob("step-*"))
+step, saved = 0, sorted(Path(options.out).glob("step-*/.metadata"))  # which is written last
 if saved:
     weights, state = get_state_dict(model, optimizer)
     whole = {"model": weights, "optimizer": state, "loader": DistributedState(batches)}
-    dcp.load(whole, checkpoint_id=saved[-1])
+    dcp.load(whole, checkpoint_id=saved[-1].parent)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    step = int(saved[-1].name.removeprefix("step-"))
+    step = int(saved[-1].parent.name.removeprefix("step-"))
 while step < options.steps:
     for batch in batches:
         loss = model(**batch).loss

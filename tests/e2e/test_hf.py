@@ -155,6 +155,7 @@ def test_a_killed_trainer_resumes_with_the_batches_of_the_undisturbed_run(
     program = (ROOT / "examples" / "hf_trainer.py", built / "shards", built / "model", "--random")
     options = (*flags, "--steps", STEPS, "--out", tmp_path / "killed")
     killed(KILLED_IN_STEP, 5, *program, *options)  # saved after step 4
+    (tmp_path / "killed" / "checkpoint-6").mkdir()  # as a save that was killed
     assert same(run_example(tmp_path / "killed", STEPS, *flags), whole[4:])
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert one.keys() == other.keys()
@@ -229,6 +230,7 @@ def test_a_killed_plain_loop_resumes_with_the_batches_and_losses_of_the_undistur
     program = (ROOT / "examples" / "plain_loop.py", built / "shards", built / "model", "--random")
     options = (*flags, "--steps", STEPS, "--out", tmp_path / "killed")
     assert killed(KILLING, "step 5 ", *program, *options) == whole[:5]  # saved after step 4
+    (tmp_path / "killed" / "step-000006").mkdir()  # as a save that was killed
     seen.clear()
     assert losses("killed", STEPS) == whole[4:]
     assert same(seen, batches[4:])

@@ -49,16 +49,18 @@ def shards(tmp_path_factory, inline_cli):
     return out
 
 
-def run(name, shards, saved, *flags, ranks=1, kill_at=None):
+def run(name, shards, saved, *flags, ranks=1, kill_at=None, killing=None):
     """Runs an example, to a step if it is to be killed; gives {step: {rank: (keys, loss)}}."""
     flag, counted = EXAMPLES[name]
     program = [str(ROOT / "examples" / f"{name}.py"), str(shards)]
     if kill_at:
-        text, killing = [f"step {kill_at} "], KILLING
+        text, script = [f"step {kill_at} "], KILLING
+        if killing:
+            text, script = [], killing
         if name == "ray_train":  # whose worker is another process; it saves in each second step
-            text, killing = [*text, saved / "run", (kill_at - 1) // 2], KILLING_RAY
+            text, script = [*text, saved / "run", (kill_at - 1) // 2], KILLING_RAY
         program = [f"{saved}-killing.py", *text, *program]
-        Path(program[0]).write_text(killing)
+        Path(program[0]).write_text(script)
     elif name == "parallel":
         program = [f"{saved}-leaving.py", *program]
         Path(program[0]).write_text(LEAVING)
@@ -130,6 +132,29 @@ def test_an_example_that_was_killed_resumes_with_the_exact_batches(name, shards,
     resumed = batches(run(name, shards, tmp_path / "killed", ranks=ranks))
     assert min(resumed) > SAVED
     assert resumed == {step: whole[step] for step in range(min(resumed), STEPS + 1)}
+
+
+KILLED_IN_A_SAVE = """
+import os, runpy, signal, sys
+import accelerate.accelerator
+save, saves = accelerate.accelerator.save_custom_state, []
+def die(*args, **named):
+    saves.append(1)
+    if len(saves) > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(*args, **named)
+accelerate.accelerator.save_custom_state = die
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_accelerate_resumes_from_the_last_save_that_is_complete(shards, tmp_path):
+    saved = tmp_path / "killed"
+    names = ("accelerate_loop", shards, saved)
+    killed = batches(run(*names, kill_at=5, killing=KILLED_IN_A_SAVE))
+    assert sorted(killed) == [1, 2, 3, 4]
+    assert min(batches(run(*names))) == 3
 
 
 def test_a_killed_run_on_a_mesh_resumes_on_another_one_as_if_nothing_had_happened(shards, tmp_path):
