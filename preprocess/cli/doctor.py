@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -129,7 +130,10 @@ def rooms(
 
 
 def _origin(name: str) -> str | None:
-    spec = importlib.util.find_spec(name)
+    # What a script in this folder, or `python -m`, would find first.
+    spec = PathFinder.find_spec(name, [str(Path.cwd())])
+    if spec is None or spec.origin is None:
+        spec = importlib.util.find_spec(name)
     return None if spec is None else spec.origin
 
 

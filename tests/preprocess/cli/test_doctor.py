@@ -37,6 +37,17 @@ def test_another_package_of_our_name_is_a_fault(other):
     assert (other or "not found") in line
 
 
+def test_a_file_beside_the_users_script_is_found_by_each_program(tmp_path, monkeypatch):
+    """Also by `vlm-shards`, which has the folder of the program in Python's path, not this one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shardspec").mkdir()  # without code: Python finds ours all the same
+    assert grades(doctor.rooms()) == ["ok"]
+    (tmp_path / "loader.py").write_text("")
+    ((grade, line),) = lines(doctor.rooms())
+    assert grade == "FAULT"
+    assert str(tmp_path / "loader.py") in line
+
+
 def test_small_shared_memory_and_few_open_files_are_noted(monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage(64 << 20))
