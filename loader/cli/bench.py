@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
-import marshal
 import math
 import time
 from collections.abc import Generator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from loader.cli.flame import StackSampler, draw_flame_graph
@@ -81,10 +82,13 @@ def _run(options: argparse.Namespace) -> str:
     if options.model_step is not None:
         lines += ["", describe_feeding(stats, wall_s=wall_s, model_step_s=options.model_step)]
     if profiled:
-        profile.create_stats()
-        svg = draw_flame_graph(sampler.stacks, title=title) if graph else ""
-        made = svg.encode() if graph else marshal.dumps(profile.stats)  # as pstats reads it
-        storage.publish_bytes(options.profile, made)
+        with TemporaryDirectory() as folder:
+            made = Path(folder) / "made"
+            if graph:
+                made.write_text(draw_flame_graph(sampler.stacks, title=title), encoding="utf-8")
+            else:
+                profile.dump_stats(made)
+            storage.publish_bytes(options.profile, made.read_bytes())
         lines += ["", f"profile: {options.profile}"]
     return "\n".join(lines)
 
