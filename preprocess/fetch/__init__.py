@@ -6,19 +6,20 @@ decides which rows become samples.
 
 from typing import TYPE_CHECKING, Any
 
-from preprocess.fetch.blobs import (
-    LOCAL_CACHE,
-    BlobCache,
-    FetchResult,
-    Ledger,
-    decode_results,
-    encode_results,
-    read_ledger,
-    redact,
-)
+from preprocess.fetch.blobs import LOCAL_CACHE, BlobCache
 from preprocess.fetch.hosts import host_key, host_of
-from preprocess.fetch.placeholders import mark_placeholders
+from preprocess.fetch.ledger import (
+    FetchResult,
+    FetchResults,
+    Ledger,
+    LedgerReader,
+    decode_result,
+    encode_result,
+    read_ledger,
+)
+from preprocess.fetch.placeholders import Survey, survey_results
 from preprocess.fetch.policy import FetchPolicy
+from preprocess.fetch.urls import UrlSpool, redact, unique_urls
 
 if TYPE_CHECKING:
     from preprocess.fetch.download import fetch_all, image_fault
@@ -28,16 +29,21 @@ __all__ = [
     "BlobCache",
     "FetchPolicy",
     "FetchResult",
+    "FetchResults",
     "Ledger",
-    "decode_results",
-    "encode_results",
+    "LedgerReader",
+    "Survey",
+    "UrlSpool",
+    "decode_result",
+    "encode_result",
     "fetch_all",
     "host_key",
     "host_of",
     "image_fault",
-    "mark_placeholders",
     "read_ledger",
     "redact",
+    "survey_results",
+    "unique_urls",
 ]
 
 

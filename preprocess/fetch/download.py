@@ -50,7 +50,7 @@ import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -61,10 +61,12 @@ import aiohttp
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
-from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, redact
+from preprocess.fetch.blobs import BlobCache
 from preprocess.fetch.hosts import Host, bare, group_by_host, host_of, text_key
+from preprocess.fetch.ledger import FetchResult, FetchResults, Ledger
 from preprocess.fetch.policy import FetchPolicy, ShaPolicy
 from preprocess.fetch.robots import Robots, forbids_use
+from preprocess.fetch.urls import UrlSpool, redact, unique_urls
 from preprocess.media import ImageLimits, open_source
 from shardspec.errors import BudgetError, ConfigError, SampleError, nearest
 from shardspec.image_file import check_image_file
@@ -137,14 +139,14 @@ def fetch_all(
     ocr_files: bool = False,
     on_result: Callable[[FetchResult], None] | None = None,
     clock: Callable[[], float] = time.time,
-) -> dict[str, FetchResult]:
+) -> FetchResults:
     """Downloads what is missing and returns the result of each URL.
 
     Interrupted by anything, even SIGKILL, it leaves a valid cache and ledger; the same call
     resumes. It runs its own event loop, so call it from synchronous code.
 
     Args:
-      urls: In any order, duplicates allowed. Held in memory.
+      urls: In any order, duplicates allowed.
       cache: Where bodies go.
       ledger: Where results go, and what settles URLs.
       policy: Limits and manners.
@@ -158,7 +160,8 @@ def fetch_all(
       clock: Gives the time of day in seconds, by which results expire.
 
     Returns:
-      The result of every URL given, by the URL as it was given.
+      The result of every URL given, by the URL as it was given: what the ledger says of it whenever
+      it is read. Of URLs that differ in credentials only, the first is requested and listed.
 
     Raises:
       BudgetError: `looks_offline`: hardly any URL works. The failures of the last window are in the
@@ -170,7 +173,7 @@ def fetch_all(
         raise ConfigError(
             "bad_sha_policy", hint=nearest(sha_policy, get_args(ShaPolicy)), got=repr(sha_policy)
         )
-    names = {url: redact(url) for url in urls}
+    urls = urls if isinstance(urls, UrlSpool) else unique_urls(urls)
     expected = {redact(url): sha.lower() for url, sha in (expected_sha256 or {}).items()}
     run = _Run(
         cache=cache,
@@ -185,10 +188,9 @@ def fetch_all(
         clock=clock,
     )
     with cache.writing():
-        num_requested = run.fetch_missing(names)
-    counts = Counter(result.reason or result.status for result in run.results.values())
-    logger.info("%d URLs, %d requested: %s", len(run.results), num_requested, dict(counts))
-    return {url: run.results[name] for url, name in names.items()}
+        num_requested = run.fetch_missing(urls)
+    logger.info("%d URLs, %d requested: %s", len(urls), num_requested, dict(run.counts))
+    return FetchResults(urls, ledger.results)
 
 
 def is_public(address: str) -> bool:
@@ -376,7 +378,10 @@ class _Run:
     ocr_files: bool
     on_result: Callable[[FetchResult], None]
     clock: Callable[[], float]
-    results: dict[str, FetchResult] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    """URLs by how they ended."""
+    _pauses: dict[str, int] = field(default_factory=dict)
+    """By host: until when it has asked earlier runs for a pause."""
     _stopped: bool = False
     _breaker: _Breaker = field(init=False)
     _max_bytes: int = field(init=False)
@@ -423,31 +428,40 @@ class _Run:
             return known.limit >= self._limits[known.reason]
         return known.reason not in TRANSIENT and known.reason != "bomb"  # by other limits
 
-    def fetch_missing(self, names: Mapping[str, str]) -> int:
-        """Fetches what no earlier run has settled, of redacted names by URL; returns its number."""
-        todo = []
-        if names:
+    def fetch_missing(self, urls: UrlSpool) -> int:
+        """Fetches what no earlier run has settled; returns the number of these URLs."""
+        if urls:
             self.cache.refresh()
-        for name, url in {name: url for url, name in names.items()}.items():
-            known = self.ledger.get(name)
-            if known is not None and self.is_settled(known):
-                self.results[name] = known
-                self.on_result(known)
-            else:
-                todo.append(url)
-        if todo:
+        hosts = group_by_host(self._unsettled(urls), folder=urls.folder)
+        num_urls = sum(len(host.urls) for host in hosts)
+        if hosts:
             try:
-                asyncio.run(self.fetch(group_by_host(todo)))
+                asyncio.run(self.fetch(hosts))
             except asyncio.CancelledError:
                 raise KeyboardInterrupt from None  # see _cancel_on_sigint
-        return len(todo)
+        return num_urls
+
+    def _unsettled(self, urls: Iterable[str]) -> Iterator[str]:
+        for url in urls:
+            known = self.ledger.get(url)
+            if known is not None and self.is_settled(known):
+                self._count(known)
+                continue
+            if known is not None and known.not_before_unix_s:
+                name = host_of(known.final_url or url)
+                self._pauses[name] = max(known.not_before_unix_s, self._pauses.get(name, 0))
+            yield url
+
+    def _count(self, result: FetchResult) -> None:
+        self.counts[result.reason or result.status] += 1
+        self.on_result(result)
 
     async def fetch(self, hosts: list[Host]) -> None:
         """Fetches all URLs of the hosts."""
         _cancel_on_sigint()
         policy = self.policy
         self._hosts = {host.name: host for host in hosts}
-        self._remember_pauses(hosts)
+        self._remember_pauses()
         tickets = _Tickets(policy.max_pause_s)
         for turn in range(policy.per_host):
             for host in hosts:
@@ -491,14 +505,12 @@ class _Run:
                     task.cancel()
                 await asyncio.gather(*self._robots.values(), return_exceptions=True)
 
-    def _remember_pauses(self, hosts: Iterable[Host]) -> None:
+    def _remember_pauses(self) -> None:
         """Holds the pauses that hosts have asked an earlier run for."""
         now_s, now_unix_s = asyncio.get_running_loop().time(), self.clock()
-        for url in (url for host in hosts for url in host.urls):
-            known = self.ledger.get(url)
-            if known is not None and known.not_before_unix_s > now_unix_s:
-                pause_s = min(known.not_before_unix_s - now_unix_s, self.policy.longest_pause_s)
-                name = host_of(known.final_url or url)
+        for name, until in self._pauses.items():
+            if until > now_unix_s:
+                pause_s = min(until - now_unix_s, self.policy.longest_pause_s)
                 self._hosts.setdefault(name, Host(name)).pause(pause_s, now_s=now_s)
 
     async def _work(self, tickets: _Tickets) -> None:
@@ -524,8 +536,7 @@ class _Run:
     def _finish(self, result: FetchResult, host: Host) -> None:
         before = self.ledger.get(result.url)
         self.ledger.append(result)
-        self.results[result.url] = result
-        self.on_result(result)
+        self._count(result)
         if result.reason != "host_busy":
             transient = result.reason in TRANSIENT
             host.failures_in_a_row = host.failures_in_a_row + 1 if transient else 0

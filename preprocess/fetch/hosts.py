@@ -8,16 +8,51 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 from urllib.parse import urlsplit
 
+import numpy as np
 from yarl import URL
 
+from preprocess.fetch.urls import UrlSpool
 from shardspec.keyed import hash_text
 
 _PLAIN = re.compile(r"(?!.*xn--)[a-z0-9_.-]+")
 """A name that every library reads alike; other spellings of a host are many."""
+
+
+class HostUrls(Sequence[str]):
+    """URLs of a host, each a place in a list that all hosts share; taken from the end."""
+
+    def __init__(self, spool: UrlSpool | None = None, places: Iterable[int] = ()) -> None:
+        """Names them.
+
+        Args:
+          spool: The list; None where there are none.
+          places: Of the URLs in it.
+        """
+        self._spool, self._places = spool, array("Q", places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        assert self._spool is not None
+        places = self._places[i]
+        return self._spool.at(places) if isinstance(places, int) else [*map(self._spool.at, places)]
+
+    def pop(self) -> str:
+        """Takes the last one."""
+        url = self[-1]
+        self._places.pop()
+        return url
 
 
 @dataclass(slots=True)
@@ -25,8 +60,7 @@ class Host:
     """The URLs of one host that wait, and how the host behaves."""
 
     name: str
-    urls: list[str] = field(default_factory=list)
-    """Taken from the end."""
+    urls: HostUrls = field(default_factory=HostUrls)
     resume_at_s: float = 0.0
     """Time before which the host accepts no request (Retry-After)."""
     free_at_s: float = 0.0
@@ -57,19 +91,27 @@ class Host:
         self.free_at_s = now_s + max(interval_s, self.crawl_delay_s)
 
 
-def group_by_host(urls: Iterable[str]) -> list[Host]:
+def group_by_host(urls: Iterable[str], *, folder: str | None = None) -> list[Host]:
     """Groups URLs by host; the order of hosts, and of the URLs in them, is keyed by their text.
 
     >>> [(host.name, len(host.urls)) for host in group_by_host(["http://a/1", "http://b/", "http://a/2"])]
     [('b', 1), ('a', 2)]
     """
-    hosts: dict[str, Host] = {}
+    names: dict[str, int] = {}
+    numbers, keys, places = array("I"), array("Q"), array("Q")
+    spool = UrlSpool(folder)
     for url in urls:
-        name = host_of(url)
-        hosts.setdefault(name, Host(name)).urls.append(url)
-    for host in hosts.values():
-        host.urls.sort(key=text_key)
-    return sorted(hosts.values(), key=lambda host: text_key(host.name))
+        numbers.append(names.setdefault(host_of(url), len(names)))
+        keys.append(text_key(url))
+        places.append(spool.add(url))
+    order = np.lexsort((np.array(keys), np.array(numbers)))
+    placed = np.array(places)[order]
+    stops = np.bincount(np.array(numbers, np.int64), minlength=len(names)).cumsum().tolist()
+    hosts = [
+        Host(name, HostUrls(spool, placed[start:stop]))
+        for name, start, stop in zip(names, [0, *stops], stops, strict=False)
+    ]
+    return sorted(hosts, key=lambda host: text_key(host.name))
 
 
 def host_key(url: str) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -75,8 +76,10 @@ def dry_run(settings: JobSettings, report: Reporter) -> DryRun:
         result = committed(job)
         if result is not None:
             check_sources(job, result, report)
-    known = read_ledger(job.ledger_path()) if job.ledger_path().exists() else {}
-    urls = set(image_urls(job, report))
+    known: Mapping[str, FetchResult] = {}
+    if job.ledger_path().exists():
+        known = read_ledger(job.ledger_path())
+    urls = image_urls(job, report, folder=None)
     states = Counter(_url_state(known.get(url)) for url in urls)
     samples: list[SampleSize] = []
     seconds: list[float] = []
@@ -105,7 +108,7 @@ def dry_run(settings: JobSettings, report: Reporter) -> DryRun:
         notes=tuple(job.dataset.notes()),
         num_urls=len(urls),
         urls_known=dict(sorted(states.items())),
-        downloads=_downloads(settings, [url for url in urls if url not in known], known),
+        downloads=_downloads(settings, (url for url in urls if url not in known), known),
         # The first sample pays for what is loaded once.
         build_core_s=statistics.median(seconds) * max(0, alive) if seconds else None,
         mean_sample_bytes=mean,
@@ -117,21 +120,22 @@ def dry_run(settings: JobSettings, report: Reporter) -> DryRun:
 
 
 def _downloads(
-    settings: JobSettings, urls: list[str], known: Mapping[str, FetchResult]
+    settings: JobSettings, urls: Iterable[str], known: Mapping[str, FetchResult]
 ) -> Downloads | None:
-    if not urls:
-        return None
     hosts = Counter(map(host_of, urls))
+    if not hosts:
+        return None
+    num_urls = hosts.total()
     host, most = min(hosts.items(), key=lambda each: (-each[1], each[0]))
     rate = settings.fetch.host_rate
-    mean = _mean([each.num_bytes for each in known.values() if each.num_bytes])
+    lengths = array("Q", (each.num_bytes for each in known.values() if each.num_bytes))
     return Downloads(
-        num_urls=len(urls),
+        num_urls=num_urls,
         num_hosts=len(hosts),
         busiest_host=host,
         busiest_urls=most,
         least_s=most / rate if rate else 0.0,
-        num_bytes=None if mean is None else mean * len(urls),
+        num_bytes=sum(lengths) / len(lengths) * num_urls if lengths else None,
     )
 
 

@@ -9,8 +9,11 @@ On one machine there is one task, and it runs in this process.
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import io
+import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +23,14 @@ from preprocess.fetch import (
     BlobCache,
     FetchPolicy,
     FetchResult,
+    FetchResults,
     Ledger,
-    decode_results,
-    encode_results,
+    UrlSpool,
+    decode_result,
+    encode_result,
     host_key,
     read_ledger,
-    redact,
+    unique_urls,
 )
 from preprocess.job.engines.engine import Engine, node_proof
 from preprocess.job.engines.local import TaskDone, TaskProgress
@@ -59,8 +64,8 @@ class FetchContext:
     ocr_files: bool
 
     def fetch(
-        self, urls: Sequence[str], ledger: Ledger, blobs: BlobCache, report: Callable[[str], None]
-    ) -> dict[str, FetchResult]:
+        self, urls: UrlSpool, ledger: Ledger, blobs: BlobCache, report: Callable[[str], None]
+    ) -> Mapping[str, FetchResult]:
         """Downloads some URLs; reports the reason of each failure, or ""."""
         from preprocess.fetch import fetch_all
 
@@ -81,21 +86,22 @@ class HostShare:
     """The hosts of one task."""
 
     part: Part
-    urls: tuple[str, ...]
+    urls: bytes
+    """Packed by `_pack`: they travel to another machine."""
     known: bytes
     """What the job knows of them."""
 
 
 def fetch_images(
     job: Job,
-    urls: Sequence[str],
+    urls: UrlSpool,
     report: Reporter,
     *,
     again: bool,
     engine: Engine | None = None,
     cache_token: str = "",
     mark: str = "",
-) -> dict[str, FetchResult]:
+) -> Mapping[str, FetchResult]:
     """Downloads images into the cache.
 
     Args:
@@ -123,19 +129,19 @@ def fetch_images(
         videos=job.dataset.videos,
         ocr_files=job.dataset.ocr_files,
     )
-    report.stage("fetch", len(set(urls)))
+    report.stage("fetch", len(urls))
     with Ledger(job.ledger_path()) as ledger:
         _copy_known(job, ledger, urls)
         _copy_images(job, ledger, urls)
         if engine is None or engine.is_local:
             return context.fetch(urls, ledger, job.blobs, report.step)
         _fetch_on_nodes(job, urls, ledger, context, report, engine, cache_token, mark)
-        return _results(ledger, urls)
+        return FetchResults(urls, ledger.results)
 
 
 def _fetch_on_nodes(
     job: Job,
-    urls: Sequence[str],
+    urls: UrlSpool,
     ledger: Ledger,
     context: FetchContext,
     report: Reporter,
@@ -150,12 +156,12 @@ def _fetch_on_nodes(
         proof = node_proof(
             s.out, mark, dataset=s.dataset, cache=job.blobs.url, cache_token=cache_token
         )
-        shares = _deal(urls, ledger, (s.part or WHOLE).divide(engine.num_nodes))
+        shares = _deal(urls, (s.part or WHOLE).divide(engine.num_nodes), job.scratch)
         for event in engine.run(
             range(len(shares)),
             work=fetch_share,
             context=context,
-            given=shares.__getitem__,
+            given=lambda task: _share(*shares[task], ledger),
             proof=proof,
         ):
             if isinstance(event, TaskDone):
@@ -167,16 +173,21 @@ def _fetch_on_nodes(
     job.blobs.refresh()  # what the tasks have put
 
 
-def _deal(urls: Sequence[str], ledger: Ledger, parts: Sequence[Part]) -> list[HostShare]:
-    """Deals hosts to tasks; each gets what is known of its URLs."""
-    dealt: dict[int, list[str]] = {part.index: [] for part in parts}
+def _deal(urls: UrlSpool, parts: Sequence[Part], folder: str) -> list[tuple[Part, UrlSpool]]:
+    """Deals hosts to tasks."""
+    dealt = {part.index: UrlSpool(folder) for part in parts}
     for url in urls:
-        dealt[host_key(url) % parts[0].count].append(url)
-    return [
-        HostShare(part=part, urls=tuple(own), known=_encoded(ledger, own))
-        for part in parts
-        if (own := dealt[part.index])
-    ]
+        dealt[host_key(url) % parts[0].count].add(url)
+    return [(part, own) for part in parts if (own := dealt[part.index])]
+
+
+def _share(part: Part, urls: UrlSpool, ledger: Ledger) -> HostShare:
+    """Packs what a task is given: the others wait on the disk."""
+    return HostShare(
+        part=part,
+        urls=_pack(json.dumps(url).encode() + b"\n" for url in urls),
+        known=_known(ledger, urls),
+    )
 
 
 def fetch_share(context: FetchContext, share: HostShare, report: Callable[[str], None]) -> bytes:
@@ -185,8 +196,9 @@ def fetch_share(context: FetchContext, share: HostShare, report: Callable[[str],
     with _opened(folder / f"{context.name}.{share.part.stem}.jsonl") as ledger:
         _learn(ledger, share.known)
         blobs = BlobCache(context.cache, pack_bytes=context.policy.pack_bytes)
-        context.fetch(share.urls, ledger, blobs, report)
-        return _encoded(ledger, share.urls)
+        urls = unique_urls(map(json.loads, _unpack(share.urls)))
+        context.fetch(urls, ledger, blobs, report)
+        return _known(ledger, urls)
 
 
 def _opened(path: Path) -> Ledger:
@@ -205,54 +217,73 @@ def _pause() -> None:
     threading.Event().wait(1.0)
 
 
-def _results(ledger: Ledger, urls: Iterable[str]) -> dict[str, FetchResult]:
-    found = ((url, ledger.get(url)) for url in urls)
-    return {url: result for url, result in found if result is not None}
+def _known(ledger: Ledger, urls: Iterable[str]) -> bytes:
+    """Packs what a ledger knows of some URLs, and of the robots.txt of their origins."""
+    robots: set[str] = set()
+
+    def wanted() -> Iterator[str]:
+        for url in urls:
+            yield url
+            with suppress(ValueError):
+                robots.add(urljoin(url, "/robots.txt"))
+        yield from sorted(robots)
+
+    found = map(ledger.get, wanted())
+    return _pack(encode_result(result) for result in found if result is not None)
 
 
-def _encoded(ledger: Ledger, urls: Iterable[str]) -> bytes:
-    """Writes what a ledger knows of some URLs, and of the robots.txt of their origins."""
-    wanted = set(urls)
-    for url in [*wanted]:
-        with suppress(ValueError):
-            wanted.add(urljoin(url, "/robots.txt"))
-    return encode_results(_results(ledger, wanted))
+def _pack(lines: Iterable[bytes]) -> bytes:
+    packed = io.BytesIO()
+    with gzip.GzipFile("", "wb", compresslevel=1, fileobj=packed, mtime=0) as stream:
+        stream.writelines(lines)
+    return packed.getvalue()
+
+
+def _unpack(payload: bytes) -> Iterator[bytes]:
+    with gzip.open(io.BytesIO(payload)) as stream:
+        yield from stream
 
 
 def _learn(ledger: Ledger, payload: bytes) -> None:
     """Takes over what another ledger knew; the later result of a URL counts."""
-    for url, result in decode_results(payload).items():
-        known = ledger.get(url)
+    for result in map(decode_result, _unpack(payload)):
+        known = ledger.get(result.url)
         if known is None or (known != result and known.finished_unix_s <= result.finished_unix_s):
             ledger.append(result)
 
 
-def _copy_known(job: Job, ledger: Ledger, urls: Sequence[str]) -> None:
+def _copy_known(job: Job, ledger: Ledger, urls: UrlSpool) -> None:
     """Copies what runs in another number of parts know of some URLs, so that none is fetched twice.
 
     Only URLs that the ledger lacks: this is done when a part is first run.
     """
-    others = job.other_ledger_paths()
-    wanted = {name for name in map(redact, urls) if ledger.get(name) is None} if others else set()
-    for path in others if wanted else ():
+    if next(_lacking(ledger, urls), None) is None:
+        return
+    for path in job.other_ledger_paths():
         known = read_ledger(path)
-        for name in sorted(wanted & known.keys()):
-            ledger.append(known[name])
-        wanted -= known.keys()
+        for url in _lacking(ledger, urls):
+            if (result := known.get(url)) is not None:
+                ledger.append(result)
 
 
-def _copy_images(job: Job, ledger: Ledger, urls: Sequence[str]) -> None:
+def _copy_images(job: Job, ledger: Ledger, urls: UrlSpool) -> None:
     """Takes over the images that other datasets have; their failures may not be this one's."""
     for path in job.foreign_ledger_paths():
-        wanted = {name for name in map(redact, urls) if ledger.get(name) is None}
-        if path.stat().st_size > len(wanted) * READ_BYTES_PER_URL:
+        num_lacking = sum(1 for _ in _lacking(ledger, urls))
+        if path.stat().st_size > num_lacking * READ_BYTES_PER_URL:
             continue
-        known: dict[str, FetchResult] = {}
+        known: Mapping[str, FetchResult] = {}
         with suppress(StorageError):  # a damaged one is told to who needs it
             known = read_ledger(path)
-        for name in sorted(wanted & known.keys()):
-            if known[name].status == "ok" and _is_usable(job, known[name]):
-                ledger.append(known[name])
+        for url in _lacking(ledger, urls):
+            result = known.get(url)
+            if result is not None and result.status == "ok" and _is_usable(job, result):
+                ledger.append(result)
+
+
+def _lacking(ledger: Ledger, urls: UrlSpool) -> Iterator[str]:
+    """Gives the URLs of which a ledger knows nothing."""
+    return (url for url in urls if url not in ledger.results)
 
 
 def _is_usable(job: Job, known: FetchResult) -> bool:

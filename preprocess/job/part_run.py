@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from preprocess.fetch import FetchResult, host_key, redact
+from preprocess.fetch import FetchResult, FetchResults, UrlSpool, host_key, unique_urls
 from preprocess.job.board import Board
 from preprocess.job.build import find_receipts
 from preprocess.job.commit import Committed, check_bad_samples, commit, committed
@@ -191,7 +191,7 @@ def _work_on(job: Job, part: Part, held: HeldPart, board: Board, engine: Engine)
 
 def _agree_on_plan(job: Job, held: HeldPart, board: Board, engine: Engine) -> Plan | None:
     """Gives the frozen plan, which this part or another has made; None if the job has ended."""
-    urls: list[str] | None = None
+    urls: UrlSpool | None = None
     marks = job.row_marks()
     waited_s: float | None = None
     named: list[int] = []
@@ -203,7 +203,7 @@ def _agree_on_plan(job: Job, held: HeldPart, board: Board, engine: Engine) -> Pl
         if committed(job) is not None:
             return None
         if urls is None:
-            urls = image_urls(job, board, marks)
+            urls = image_urls(job, board, marks, folder=job.scratch)
             if urls:
                 _fetch_share(job, urls, held, board, engine)
         missing = held.not_fetched() if urls else []
@@ -236,18 +236,18 @@ def _pause(turn: int) -> None:
     threading.Event().wait(POLL_S * min(1 + turn / 10, 5))
 
 
-def _fetch_share(job: Job, urls: list[str], held: HeldPart, board: Board, engine: Engine) -> None:
+def _fetch_share(job: Job, urls: UrlSpool, held: HeldPart, board: Board, engine: Engine) -> None:
     """Downloads the images of this part's hosts, and hands in how that ended."""
     part = held.me.part
-    mine = [url for url in urls if part.has_host(host_key(url))]
+    mine = unique_urls((url for url in urls if part.has_host(host_key(url))), job.scratch)
     again = check_conflict(job) is None
     token = cache_token(job)
     results = fetch_images(job, mine, board, again=again, engine=engine, cache_token=token)
     held.check()
-    held.publish_fetched(results)
+    held.publish_fetched(results, job.scratch)
 
 
-def _try_to_plan(job: Job, urls: list[str], marks: RowMarks, held: HeldPart, board: Board) -> bool:
+def _try_to_plan(job: Job, urls: UrlSpool, marks: RowMarks, held: HeldPart, board: Board) -> bool:
     """Makes the plan; False: another part is about to."""
     try:
         with held.claim_plan() as check_claim:
@@ -282,19 +282,17 @@ def _try_to_plan(job: Job, urls: list[str], marks: RowMarks, held: HeldPart, boa
     return True
 
 
-def _fetched(job: Job, urls: list[str], held: HeldPart) -> Mapping[str, FetchResult]:
+def _fetched(job: Job, urls: UrlSpool, held: HeldPart) -> Mapping[str, FetchResult]:
     try:
-        results = held.read_fetched()
+        results = held.read_fetched(job.scratch)
     except FileNotFoundError:  # a part has downloaded again
         held.forget_fetched()
-        results = held.read_fetched()
-    try:
-        return {url: results[redact(url)] for url in urls}
-    except KeyError as error:
-        held.forget_fetched()
-        raise ConflictError(
-            "source_changed.urls", where=job.settings.source, url=str(error.args[0])
-        ) from error
+        results = held.read_fetched(job.scratch)
+    for url in urls:
+        if url not in results:
+            held.forget_fetched()
+            raise ConflictError("source_changed.urls", where=job.settings.source, url=url)
+    return FetchResults(urls, results)
 
 
 def _all_receipts(job: Job, plan: Plan) -> list[Receipt] | int:

@@ -17,9 +17,9 @@ Nothing of this is seen by readers or decides any byte.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import logging
 import re
+import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +27,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from preprocess.fetch import FetchResult, decode_results, encode_results
+from preprocess.fetch import FetchResult, LedgerReader, encode_result, read_ledger
+from preprocess.job.build import scratch_folder
 from preprocess.job.conflicts import find_differences, table
 from preprocess.job.lease import (
     LEASE_NAME,
@@ -43,6 +44,7 @@ from preprocess.job.lease import (
     require_no_parts,
 )
 from preprocess.job.plan import OwnDisk, Part
+from preprocess.recipe import file_sha256
 from shardspec import storage
 from shardspec.documents import read_json
 from shardspec.errors import ConflictError, ShardsError, StorageError
@@ -153,12 +155,25 @@ class HeldPart:
         name = part_name(index, self.me.part.count)
         return self._watch.look(storage.join(self.folder, name))[0]
 
-    def publish_fetched(self, results: Mapping[str, FetchResult]) -> None:
-        """Hands the results of this part's downloads to the part that plans."""
-        payload = gzip.compress(encode_results(results), compresslevel=3, mtime=0)
-        part, digest = self.me.part, hashlib.sha256(payload).hexdigest()[:16]
-        name = f"fetched-{part.index:05d}-of-{part.count:05d}-{digest}.jsonl.gz"
-        storage.publish_bytes(storage.join(self.folder, name), payload)
+    def publish_fetched(self, results: Mapping[str, FetchResult], scratch: str) -> None:
+        """Hands the results of this part's downloads to the part that plans.
+
+        Args:
+          results: The results.
+          scratch: Local folder for unfinished files.
+        """
+        part = self.me.part
+        with scratch_folder(scratch) as folder:
+            path = folder / "fetched"
+            with (
+                storage.translate_errors(str(path)),
+                path.open("wb") as raw,
+                gzip.GzipFile("", "wb", 3, raw, mtime=0) as stream,
+            ):
+                stream.writelines(map(encode_result, results.values()))
+            digest = file_sha256(path)[:16]
+            name = f"fetched-{part.index:05d}-of-{part.count:05d}-{digest}.jsonl.gz"
+            storage.publish_file(storage.join(self.folder, name), path)
         older = [n for n in self._fetched_names() if n[:22] == name[:22] and n != name]
         storage.delete_objects(self.folder, older)
 
@@ -169,8 +184,11 @@ class HeldPart:
         found = {int(name[8:13]) for name in self._fetched_names()}
         return [index for index in range(self.me.part.count) if index not in found]
 
-    def read_fetched(self) -> dict[str, FetchResult]:
+    def read_fetched(self, scratch: str) -> LedgerReader:
         """Reads the results of all parts; whoever plans next gets the same ones.
+
+        Args:
+          scratch: Local folder for unfinished files.
 
         Raises:
           FileNotFoundError: A part has downloaded again in between.
@@ -178,11 +196,14 @@ class HeldPart:
         url = storage.join(self.folder, _FROZEN)
         names = {name[:22]: name for name in self._fetched_names()}
         storage.compare_and_swap(url, canonical_json(sorted(names.values())), replacing=None)
-        results: dict[str, FetchResult] = {}
-        for name in _names(storage.read_bytes(url)):
-            payload = storage.read_bytes(storage.join(self.folder, name))
-            results |= decode_results(gzip.decompress(payload))
-        return results
+        with scratch_folder(scratch) as folder:
+            packed, joined = folder / "packed", folder / "fetched.jsonl"
+            with storage.translate_errors(str(joined)), joined.open("wb") as stream:
+                for name in _names(storage.read_bytes(url)):
+                    storage.fetch_file(storage.join(self.folder, name), packed)
+                    with gzip.open(packed) as lines:
+                        shutil.copyfileobj(lines, stream)
+            return read_ledger(joined)
 
     def forget_fetched(self) -> None:
         """Lets whoever plans next take results that parts have handed in since."""

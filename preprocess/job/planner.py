@@ -44,11 +44,7 @@ from preprocess.datasets import (
     example_videos,
 )
 from preprocess.documents import page_identity
-from preprocess.fetch import (
-    FetchResult,
-    mark_placeholders,
-    redact,
-)
+from preprocess.fetch import FetchResult, UrlSpool, redact, survey_results, unique_urls
 from preprocess.job.build import quarantine_line, sample_size, scratch_folder
 from preprocess.job.engines.engine import Engine
 from preprocess.job.fetching import fetch_images
@@ -218,7 +214,7 @@ def make_plan(
     storage.publish_bytes(job.identity_url, canonical_json(job.identity, indent=1))
     results = fetched
     if results is None or marks is None:
-        urls = image_urls(job, report, marks := job.row_marks())
+        urls = image_urls(job, report, marks := job.row_marks(), folder=job.scratch)
         if results is None:
             results = fetch_images(
                 job,
@@ -229,12 +225,7 @@ def make_plan(
                 cache_token=cache_token,
                 mark=job.identity_url,
             )
-    held = _held_out_urls(job)
-    own = {url: result for url, result in results.items() if url not in held}
-    marked = _without_placeholders(job, own, report)
-    _check_links(job, marked)
-    results = {**results, **marked}
-    _note_shared(marked, report)
+    results = _judged(job, results, report)
     with scratch_folder(job.scratch) as folder:
         spool = _Spool(folder / "spool.jsonl")
         with StampWriter(folder / "files") as stamps, _LostRows(folder / "lost.jsonl") as lost:
@@ -616,17 +607,6 @@ def _held_out_contents(
 def _held_out_urls(job: Job) -> set[str]:
     """Lists the URLs of "validation" that a job that builds "train" downloads too."""
     return {each for each in job.dataset.held_out[0] if isinstance(each, str)}
-
-
-def _note_shared(results: Mapping[str, FetchResult], report: Reporter) -> None:
-    """Tells of pictures that several URLs give."""
-    urls = Counter(result.sha256 for result in results.values() if result.status == "ok")
-    shared = [number for number in urls.values() if number > 1]
-    if shared:
-        report.note(
-            f"{len(shared):,} pictures are under several URLs ({sum(shared):,}): kept, since rows "
-            "with other texts are other samples"
-        )
 
 
 def _repeated(
@@ -1028,48 +1008,65 @@ def _first_keys(rows: _Rows) -> dict[str, str]:
     return found
 
 
-def image_urls(job: Job, report: Reporter, marks: RowMarks | None = None) -> list[str]:
-    """Lists the URLs of images and videos of the examples to build, duplicates included.
+def image_urls(
+    job: Job, report: Reporter, marks: RowMarks | None = None, *, folder: str | None
+) -> UrlSpool:
+    """Lists the URLs of images and videos of the examples to build, then those of "validation".
 
     Args:
       job: The job.
       report: Gets the progress.
       marks: Gets those of the examples.
+      folder: Local folder for a long list; None for that of temporary files.
     """
+
+    def each_url() -> Iterator[str]:
+        for i in job.examples:
+            example = None
+            with suppress(SampleError):  # the plan reads the row again and counts the error
+                example = job.dataset[i]
+                media = [*example_images(example), *example_videos(example)]
+                yield from (each for each in media if isinstance(each, str))
+            if marks is not None:
+                marks.add(example)
+            report.step("")
+        yield from sorted(_held_out_urls(job))
+
     report.stage("rows", len(job.examples))
-    urls: list[str] = []
-    for i in job.examples:
-        example = None
-        with suppress(SampleError):  # the plan reads the row again and counts the error
-            example = job.dataset[i]
-            media = [*example_images(example), *example_videos(example)]
-            urls += [each for each in media if isinstance(each, str)]
-        if marks is not None:
-            marks.add(example)
-        report.step("")
-    return [*urls, *sorted(_held_out_urls(job))]
+    return unique_urls(each_url(), folder)
 
 
-def _without_placeholders(
+def _judged(
     job: Job, results: Mapping[str, FetchResult], report: Reporter
 ) -> Mapping[str, FetchResult]:
-    """Fails the URLs that give a placeholder, and says which they are."""
-    marked, found = mark_placeholders(results, num_urls=job.settings.fetch.placeholder_urls)
-    for sha256, urls in sorted(found.items(), key=lambda each: (-len(each[1]), each[0])):
+    """Fails the URLs that give a placeholder, says what is striking, and holds the budget.
+
+    Raises:
+      BudgetError: `dead_links`.
+    """
+    survey = survey_results(
+        results, num_urls=job.settings.fetch.placeholder_urls, ignored=_held_out_urls(job)
+    )
+    for sha256, (number, url) in sorted(
+        survey.placeholders.items(), key=lambda each: (-each[1][0], each[0])
+    ):
         report.note(
-            f"{len(urls):,} URLs give one image ({sha256[:16]}, for example {urls[0]}): taken for "
+            f"{number:,} URLs give one image ({sha256[:16]}, for example {url}): taken for "
             "a placeholder (PLACEHOLDER_URLS=0 keeps it)"
         )
-    return marked
-
-
-def _check_links(job: Job, results: Mapping[str, FetchResult]) -> None:
-    if not results:
-        return
-    dead = Counter(result.reason for result in results.values() if result.status != "ok")
-    share = job.settings.max_dead_links
-    allowed = allowed_failures(share, len(results), default=DEAD_LINKS_SHARE)
-    if sum(dead.values()) > allowed:
+    allowed = allowed_failures(
+        job.settings.max_dead_links, survey.num_urls, default=DEAD_LINKS_SHARE
+    )
+    if survey.failed.total() > allowed:
         raise BudgetError(
-            "dead_links", links=len(results), allowed=allowed, facts=dict(dead.most_common())
+            "dead_links",
+            links=survey.num_urls,
+            allowed=allowed,
+            facts=dict(survey.failed.most_common()),
         )
+    if survey.num_shared:
+        report.note(
+            f"{survey.num_shared:,} pictures are under several URLs ({survey.num_sharing:,}): "
+            "kept, since rows with other texts are other samples"
+        )
+    return survey.results

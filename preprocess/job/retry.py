@@ -6,9 +6,10 @@ built is replaced. Where nothing came, it stays as it is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from preprocess.fetch import read_ledger, redact
+from preprocess.fetch import FetchResult, read_ledger
 from preprocess.job.commit import committed
 from preprocess.job.engines.engine import Engine
 from preprocess.job.fetching import fetch_images
@@ -43,21 +44,28 @@ def retry_job(settings: JobSettings, report: Reporter) -> Retried:
     job = Job(settings)
     check_conflict(job)
     with output_lock(settings.out):
-        urls = image_urls(job, report)
-        names = {redact(url) for url in urls}
+        urls = image_urls(job, report, folder=job.scratch)
         try:
-            known = read_ledger(job.ledger_path())
+            known: Mapping[str, FetchResult] = read_ledger(job.ledger_path())
         except FileNotFoundError:
             known = {}
-        failed = {name for name in names if name not in known or known[name].status != "ok"}
+        was_there = bytearray(_is_there(known, url) for url in urls)
+        del known  # while FETCH runs, its ledger is in memory too
         with Engine(settings) as engine:
             results = fetch_images(
                 job, urls, report, again=True, engine=engine, cache_token=cache_token(job)
             )
-        came = {result.url for result in results.values() if result.status == "ok"} & failed
+        failed = was_there.count(0)
+        before = zip(was_there, urls, strict=True)
+        came = sum(not was and _is_there(results, url) for was, url in before)
         if came:
             drop_plan(job)
     outcome = None
     if came:
         outcome = run_job(replace(settings, force=committed(job) is not None), report)
-    return Retried(failed=len(failed), recovered=len(came), outcome=outcome)
+    return Retried(failed=failed, recovered=came, outcome=outcome)
+
+
+def _is_there(results: Mapping[str, FetchResult], url: str) -> bool:
+    result = results.get(url)
+    return result is not None and result.status == "ok"

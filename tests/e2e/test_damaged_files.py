@@ -18,7 +18,7 @@ import pytest
 from loader import IterableDatasetMixture, StreamingDataset, make_dataloader
 from loader.reading.cache import MARKER, BlockCache
 from loader.reading.open_shards import LoadedRows
-from preprocess.fetch.blobs import FetchResult, read_ledger
+from preprocess.fetch import FetchResult, read_ledger
 from preprocess.job import lease, status
 from preprocess.job.build import read_rows
 from preprocess.job.planner import Plan, load_plan

@@ -12,7 +12,7 @@ from aiohttp import web
 from PIL import Image
 
 from preprocess.datasets.pixmo_cap import PixMoCap
-from preprocess.fetch.blobs import read_ledger
+from preprocess.fetch import read_ledger
 from shardspec.keyed import hash_text
 from shardspec.manifest import load_manifest
 from tests.preprocess.fetch.damage import blobs_of, damage_blob

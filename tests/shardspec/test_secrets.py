@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from preprocess.fetch.blobs import FetchResult, Ledger, read_ledger, redact
+from preprocess.fetch import FetchResult, Ledger, read_ledger, redact
 from shardspec.errors import FetchError, StorageError, redacted, redacted_url
 
 SECRET = "s3cr3tV4lue"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, read_ledger, redact
+from preprocess.fetch import BlobCache, FetchResult, Ledger, read_ledger, redact
 from shardspec.errors import ConfigError, StorageError
 
 A = FetchResult(url="http://h/a", status="ok", sha256="0" * 64, num_bytes=3, attempts=1)
@@ -88,7 +88,7 @@ def test_lines_survive_a_killed_process(tmp_path):
     path = tmp_path / "ledger.jsonl"
     program = (
         "import os, signal, sys\n"
-        "from preprocess.fetch.blobs import FetchResult, Ledger\n"
+        "from preprocess.fetch import FetchResult, Ledger\n"
         "ledger = Ledger(sys.argv[1])\n"
         "ledger.append(FetchResult(url='http://h/a', status='ok'))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

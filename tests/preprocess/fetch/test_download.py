@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from preprocess.fetch import BlobCache, FetchResult, Ledger, read_ledger
 from preprocess.fetch import download as fetch
-from preprocess.fetch.blobs import BlobCache, FetchResult, Ledger, read_ledger
 from preprocess.fetch.download import TRANSIENT, fetch_all, image_fault, is_public
 from preprocess.fetch.hosts import group_by_host, host_of
 from preprocess.fetch.policy import FetchPolicy
@@ -657,11 +657,11 @@ def test_work_is_dealt_with_few_tasks_and_few_bodies(server, run):
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9)), unique=True), st.randoms())
 def test_dealing_loses_no_url_and_does_not_depend_on_their_order(pairs, random_order):
     urls = [f"http://{host}.test/{i}" for host, i in pairs]
-    hosts = group_by_host(urls)
-    assert sorted(url for host in hosts for url in host.urls) == sorted(urls)
-    assert all(f"//{host.name}/" in url for host in hosts for url in host.urls)
+    hosts = [(host.name, [*host.urls]) for host in group_by_host(urls)]
+    assert sorted(url for _, found in hosts for url in found) == sorted(urls)
+    assert all(f"//{name}/" in url for name, found in hosts for url in found)
     random_order.shuffle(urls)
-    assert group_by_host(urls) == hosts
+    assert [(host.name, [*host.urls]) for host in group_by_host(urls)] == hosts
 
 
 # --- offline ----------------------------------------------------------------------------------
@@ -731,7 +731,7 @@ def test_one_success_in_ten_is_enough(run):
 
 PROGRAM = """
 import sys
-from preprocess.fetch.blobs import BlobCache, Ledger
+from preprocess.fetch import BlobCache, Ledger
 from preprocess.fetch.download import FetchPolicy, fetch_all
 root, *urls = sys.argv[1:]
 policy = FetchPolicy(

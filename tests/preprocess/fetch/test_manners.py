@@ -19,9 +19,9 @@ from preprocess.fetch import (
     download,
     fetch_all,
     hosts,
-    mark_placeholders,
     placeholders,
     robots,
+    survey_results,
 )
 from preprocess.fetch.download import TRANSIENT
 from preprocess.fetch.hosts import text_key
@@ -355,12 +355,12 @@ def test_placeholders_are_found_among_the_results(site):
         results = fetch_all(
             gone + good, cache=BlobCache(site.folder / "cache"), ledger=ledger, policy=POLICY
         )
-    marked, found = mark_placeholders(results, num_urls=5)
-    assert [*found.values()] == [gone]
-    assert {marked[url].reason for url in gone} == {"placeholder"}
-    assert {marked[url].status for url in good} == {"ok"}
+    survey = survey_results(results, num_urls=5)
+    assert [*survey.placeholders.values()] == [(5, gone[0])]
+    assert {survey.results[url].reason for url in gone} == {"placeholder"}
+    assert {survey.results[url].status for url in good} == {"ok"}
     for num_urls in (0, 6):
-        assert mark_placeholders(results, num_urls=num_urls) == (results, {})
+        assert survey_results(results, num_urls=num_urls).results == results
 
 
 # --- robots.txt, by RFC 9309 ------------------------------------------------------------------

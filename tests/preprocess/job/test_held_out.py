@@ -98,9 +98,12 @@ def test_placeholders_are_reported_with_an_example():
         for sha256, urls in {"a": ["http://x/1", "http://x/2"], "b": ["http://x/3"]}.items()
         for url in urls
     }
-    job = SimpleNamespace(settings=SimpleNamespace(fetch=FetchPolicy(placeholder_urls=2)))
+    job = SimpleNamespace(
+        settings=SimpleNamespace(fetch=FetchPolicy(placeholder_urls=2), max_dead_links=1.0),
+        dataset=SimpleNamespace(held_out=([], set())),
+    )
     told = Quiet()
-    marked = planner._without_placeholders(job, results, told)
+    marked = planner._judged(job, results, told)
     assert [each.reason for each in marked.values()] == ["placeholder", "placeholder", ""]
     (note,) = told.notes
     assert note.startswith(f"2 URLs give one image ({'a' * 16}, for example http://x/1)")

@@ -18,9 +18,7 @@ from preprocess.fetch import (
     FetchPolicy,
     FetchResult,
     Ledger,
-    decode_results,
     download,
-    encode_results,
     host_key,
 )
 from preprocess.job import fetching, lease, part_run, read_status
@@ -661,22 +659,30 @@ def test_a_part_whose_source_has_other_urls_is_refused(tmp_path, urls, monkeypat
     with pytest.raises(StorageError):
         run(url_job(tmp_path, source, "0/2"))
     real = part_run.image_urls
-    monkeypatch.setattr(part_run, "image_urls", lambda *a: [*real(*a), "http://new.example/1.jpg"])
+    monkeypatch.setattr(
+        part_run, "image_urls", lambda *a, **k: [*real(*a, **k), "http://new.example/1.jpg"]
+    )
     monkeypatch.setattr(part_run, "fetch_images", lambda *a, **k: {})
     with pytest.raises(ConflictError) as caught:
         run(url_job(tmp_path, source, "1/2"))
     assert caught.value.reason == "source_changed"
 
 
-def test_results_are_handed_in_as_they_are():
+def test_results_are_handed_in_as_they_are(tmp_path):
     results = {
         f"http://h/{i}?token=s{i}": FetchResult(
             url=f"http://h/{i}", status="ok", sha256="0" * 64, num_bytes=i
         )
         for i in range(3)
     }
-    assert [*decode_results(encode_results(results)).values()] == [*results.values()]
-    assert encode_results(dict(reversed(results.items()))) == encode_results(results)
+    folder, scratch = tmp_path / "out", str(tmp_path / "scratch")
+    names = set()
+    for _ in range(2):
+        with join_job(str(folder), me("0/1"), state=dict) as held:
+            held.publish_fetched(results, scratch)
+            names |= {path.name for path in tmp_path.rglob("fetched-*")}
+            assert [*held.read_fetched(scratch).values()] == [*results.values()]
+    assert len(names) == 1  # the same results give the same file
 
 
 # --- status
@@ -792,7 +798,7 @@ def test_a_machine_that_dies_costs_what_it_was_fetching_alone(tmp_path, urls, mo
     real = download.fetch_all
 
     def dies(found, *, ledger, **more):
-        real(found[:1], ledger=ledger, **more)
+        real([*found][:1], ledger=ledger, **more)
         raise KeyboardInterrupt
 
     chosen = url_job(tmp_path, source, engine="ray")

@@ -1,0 +1,159 @@
+"""URLs of a job, on the disk: 20 million of them are 1.5 GB of text, and 3 GB as Python's strings.
+
+They are lines of an unnamed temporary file, each URL once, in the order in which rows name them.
+Whoever needs them reads them again from the first to the last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from preprocess.hash_table import TEXT_BYTES, HashTable, text_hash
+from shardspec import storage
+from shardspec.errors import redacted_url
+
+_USERINFO = re.compile(r"^(\s*(?:[a-zA-Z][a-zA-Z0-9+.-]*:)?[/\\]*)[^/?#\\]*@")
+"""What the library that requests a URL takes for the user, whatever characters it has."""
+
+_HELD_BYTES = 2**20
+"""Lines held in memory before they are written: a short list has no file at all."""
+
+_READ_BYTES = 2**20
+
+
+def redact(url: str) -> str:
+    """Replaces the credentials in a URL; a URL without any comes back as it is.
+
+    Signatures and tokens become hashes, so that two URLs that differ in them stay two.
+
+    >>> redact("https://me:secret@example.com/a.jpg?size=@2x")
+    'https://***@example.com/a.jpg?size=@2x'
+    """
+    if "@" not in url and "=" not in url and url.isascii():  # most URLs
+        return url
+    text = redacted_url(_USERINFO.sub(r"\1***@", url))
+    # Of half a character, no line of a ledger could be read again.
+    return text.encode(errors="backslashreplace").decode()
+
+
+class UrlSpool:
+    """A list of URLs that is read from its begin, or at a place that `add` has given."""
+
+    def __init__(self, folder: str | None = None) -> None:
+        """Makes an empty list.
+
+        Args:
+          folder: Local folder for the file; None for that of temporary files.
+        """
+        self.folder = folder
+        self._fd = -1
+        self._waiting = bytearray()
+        """Lines that are not in the file yet."""
+        self._written_bytes = 0
+        self._num_urls = 0
+
+    def __len__(self) -> int:
+        return self._num_urls
+
+    def __iter__(self) -> Iterator[str]:
+        self._flush()
+        held = bytes(self._waiting).splitlines(keepends=True)
+        return map(_read, held if self._fd < 0 else read_lines(self._fd))
+
+    def add(self, url: str) -> int:
+        """Appends a URL; returns the place of its line.
+
+        Raises:
+          StorageError: The disk refused.
+        """
+        place = self._written_bytes + len(self._waiting)
+        self._waiting += json.dumps(url).encode() + b"\n"
+        self._num_urls += 1
+        if len(self._waiting) >= _HELD_BYTES:
+            if self._fd < 0:
+                self._open()
+            self._flush()
+        return place
+
+    def at(self, place: int) -> str:
+        """Reads the URL of a place."""
+        self._flush()
+        if self._fd < 0:
+            stop = self._waiting.index(b"\n", place) + 1
+            return _read(bytes(self._waiting[place:stop]))
+        return _read(read_line(self._fd, place))
+
+    def _open(self) -> None:
+        folder = self.folder or tempfile.gettempdir()
+        with storage.translate_errors(folder):
+            storage.make_folder(Path(folder))
+            self._fd, name = tempfile.mkstemp(dir=folder)
+            weakref.finalize(self, os.close, self._fd)
+            os.unlink(name)
+
+    def _flush(self) -> None:
+        if self._fd < 0 or not self._waiting:
+            return
+        with storage.translate_errors(self.folder or tempfile.gettempdir()):
+            write_all(self._fd, self._waiting)
+        self._written_bytes += len(self._waiting)
+        self._waiting.clear()
+
+
+def unique_urls(urls: Iterable[str], folder: str | None = None) -> UrlSpool:
+    """Lists URLs, each once; of those that differ in credentials only, the first.
+
+    Args:
+      urls: Any, in any number.
+      folder: Local folder for a long list.
+
+    >>> list(unique_urls(["http://h/b", "http://h/a", "http://h/b"]))
+    ['http://h/b', 'http://h/a']
+    """
+    spool, known = UrlSpool(folder), HashTable(TEXT_BYTES)
+    for url in urls:
+        before = len(known)
+        if known.add(text_hash(redact(url))) == before:
+            spool.add(url)
+    return spool
+
+
+def _read(line: bytes) -> str:
+    # JSON in ASCII: a text without escapes is itself.
+    return str(json.loads(line)) if b"\\" in line else line[1:-2].decode("ascii")
+
+
+def write_all(descriptor: int, payload: bytes | bytearray) -> None:
+    """Writes bytes at the end of a file, all of them."""
+    left = memoryview(bytes(payload))
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def read_lines(descriptor: int) -> Iterator[bytes]:
+    """Reads the lines of an open file, with their ends; moves nobody's place in it."""
+    place, rest = 0, b""
+    while block := os.pread(descriptor, _READ_BYTES, place):
+        place += len(block)
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            yield line + b"\n"
+    if rest:
+        yield rest
+
+
+def read_line(descriptor: int, place: int) -> bytes:
+    """Reads the line that begins at a place of an open file."""
+    size = 640  # a line of a ledger: mostly one read
+    while True:
+        block = os.pread(descriptor, size, place)
+        stop = block.find(b"\n") + 1
+        if stop or len(block) < size:
+            return block[: stop or len(block)]
+        size *= 4
