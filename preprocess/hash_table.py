@@ -86,6 +86,30 @@ class HashTable:
             self._table[self._slot(self[number])] = number
 
 
+class TextSet:
+    """Texts, each as its hash.
+
+    >>> texts = TextSet()
+    >>> texts.add("a"), texts.add("a"), "a" in texts, "b" in texts, len(texts)
+    (True, False, True, False, 1)
+    """
+
+    def __init__(self) -> None:
+        """Makes an empty set."""
+        self._table = HashTable(TEXT_BYTES)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __contains__(self, text: object) -> bool:
+        return isinstance(text, str) and text_hash(text) in self._table
+
+    def add(self, text: str) -> bool:
+        """Adds a text; returns False if it is there already."""
+        before = len(self._table)
+        return self._table.add(text_hash(text)) == before
+
+
 def text_hash(text: str) -> bytes:
     """Hashes a text to 128 bits; it may hold lone surrogates."""
     payload = text.encode("utf-8", "surrogatepass")

@@ -95,6 +95,7 @@ PURE = {
     "preprocess/formats/video.py",
     "preprocess/annotate/join.py",
     "preprocess/episodes/windows.py",
+    "preprocess/hash_table.py",
     "preprocess/job/keys.py",
     "preprocess/job/plan.py",
     "preprocess/reshard/assign.py",
@@ -162,7 +163,7 @@ OUTSIDE_WORLD = {
 
 CLOCKS = {
     "preprocess/cli/care.py",
-    "preprocess/fetch/blobs.py",
+    "preprocess/fetch/ledger.py",
     "preprocess/fetch/download.py",
     "preprocess/job/board.py",
     "preprocess/job/dry_run.py",
@@ -203,7 +204,7 @@ FLOORS = {
         {"probe"},
     ),
     "preprocess": (
-        {"sizes", "settings", "formats", "page"},
+        {"sizes", "settings", "formats", "page", "hash_table"},
         {"media"},
         {"documents", "episodes", "fetch", "synthetic"},
         {"text", "tokenizer", "datasets"},

@@ -48,7 +48,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -62,6 +61,7 @@ from preprocess.datasets.rows import Rows, hub_rows, local_layout, local_rows
 from preprocess.datasets.splits import SplitLayout, Unmatched
 from preprocess.documents import PageImage, read_file
 from preprocess.formats import Subtitle, parse_messages, row_subtitles
+from preprocess.hash_table import TextSet
 from preprocess.media import encode_video
 from preprocess.synthetic import plan_clip, plan_scene, render, render_clip
 from shardspec import storage
@@ -513,25 +513,20 @@ class DatasetBase(Dataset):
         self.rows_not_taken["beyond_limit"] = len(numbers) - int(borders[-1])
         return numbers[order[: borders[-1]]], borders
 
-    @cached_property
-    def held_out(self) -> tuple[list[ImageSource | VideoSource], set[str]]:
-        """The pictures and videos that a hash has put into "validation", where "train" is opened.
+    def held_out(self) -> Iterator[ImageSource | VideoSource]:
+        """Gives the pictures and videos that a hash has put into "validation", opened for "train".
 
-        Of the rows that were looked at on opening: those named by a URL or path, each once, and the
-        sha256 of those that a row embeds beside others. A single embedded one is named by its
-        content, which is in one split anyway.
+        Of the rows that were looked at on opening: those named by a URL or path, each once, and
+        those that a row embeds beside others. A single embedded one is named by its content, which
+        is in one split anyway.
         """
-        named: dict[Any, ImageSource | VideoSource] = {}
-        contents: set[str] = set()
+        names = TextSet()
         for number in self._held_out:
             with suppress(SampleError), self.naming_row(number):
                 example = self._example(self.rows[number])
                 for each in [*example_images(example), *example_videos(example)]:
-                    if isinstance(each, bytes):
-                        contents.add(hashlib.sha256(each).hexdigest())
-                    else:
-                        named.setdefault(self._image_name(each), each)
-        return [*named.values()], contents
+                    if names.add(self._image_name(each)):
+                        yield each
 
     def _marks(self) -> Iterator[tuple[int, int, bool]]:
         """Reads the rows in order; counts those that cannot be read.

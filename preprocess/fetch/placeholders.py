@@ -6,7 +6,7 @@ Contents are counted by sorting 16 bytes of each one's hash, which is all that i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -37,7 +37,7 @@ class Survey:
 
 
 def survey_results(
-    results: Mapping[str, FetchResult], *, num_urls: int, ignored: Collection[str] = ()
+    results: Mapping[str, FetchResult], *, num_urls: int, ignored: Container[str] | None = None
 ) -> Survey:
     """Counts failures and contents; takes contents that many URLs give for placeholders.
 
@@ -87,7 +87,7 @@ def survey_results(
     numbers = [number for number, _ in placeholders.values()]
     return replace(
         survey,
-        results=_Marked(results, frozenset(placeholders), ignored),
+        results=_Marked(results, placeholders, ignored or ()),
         failed=failed + Counter(placeholder=sum(numbers)),
         placeholders=placeholders,
         num_shared=num_shared - sum(number > 1 for number in numbers),
@@ -101,8 +101,8 @@ class _Marked(Mapping[str, FetchResult]):
     def __init__(
         self,
         results: Mapping[str, FetchResult],
-        placeholders: Collection[str],
-        ignored: Collection[str],
+        placeholders: Container[str],
+        ignored: Container[str],
     ) -> None:
         self._results, self._placeholders, self._ignored = results, placeholders, ignored
 
@@ -131,7 +131,9 @@ def _counts(contents: np.ndarray, *, at_least: int) -> dict[bytes, int]:
     return dict(zip(keys, (stop - first).tolist(), strict=True))
 
 
-def _each(results: Mapping[str, FetchResult], ignored: Collection[str]) -> Iterator[FetchResult]:
-    if not ignored:
+def _each(
+    results: Mapping[str, FetchResult], ignored: Container[str] | None
+) -> Iterator[FetchResult]:
+    if ignored is None:
         return iter(results.values())
     return (result for url, result in results.items() if url not in ignored)

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from preprocess.hash_table import TEXT_BYTES, HashTable, text_hash
+from preprocess.hash_table import TextSet
 from shardspec import storage
 from shardspec.errors import redacted_url
 
@@ -116,10 +116,9 @@ def unique_urls(urls: Iterable[str], folder: str | None = None) -> UrlSpool:
     >>> list(unique_urls(["http://h/b", "http://h/a", "http://h/b"]))
     ['http://h/b', 'http://h/a']
     """
-    spool, known = UrlSpool(folder), HashTable(TEXT_BYTES)
+    spool, known = UrlSpool(folder), TextSet()
     for url in urls:
-        before = len(known)
-        if known.add(text_hash(redact(url))) == before:
+        if known.add(redact(url)):
             spool.add(url)
     return spool
 

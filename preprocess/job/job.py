@@ -667,6 +667,7 @@ _BYTE_SOURCES = (
     "preprocess/datasets/splits.py",
     "preprocess/documents/*.py",
     "preprocess/formats/*.py",
+    "preprocess/hash_table.py",
     "preprocess/job/build.py",
     "preprocess/job/generation.py",
     "preprocess/job/keys.py",

@@ -45,6 +45,7 @@ from preprocess.datasets import (
 )
 from preprocess.documents import page_identity
 from preprocess.fetch import FetchResult, UrlSpool, redact, survey_results, unique_urls
+from preprocess.hash_table import HashTable, TextSet
 from preprocess.job.build import quarantine_line, sample_size, scratch_folder
 from preprocess.job.engines.engine import Engine
 from preprocess.job.fetching import fetch_images
@@ -518,7 +519,7 @@ def _spool_rows(
     def good_rows() -> Iterator[_SpooledRow]:
         nonlocal dead_rows, num_rows, has_blobs, first, warned
         for row, error in _planned_rows(job, results, stamps):
-            if error is None and held_out and not held_out.isdisjoint(_contents(row)):
+            if error is None and len(held_out) and _is_among(held_out, row):
                 error = SampleError("held_out")
             if error is None:
                 error = _repeated(job, row, keys, repeats, before)
@@ -587,26 +588,31 @@ def _contents(row: Mapping[str, Any]) -> set[str]:
     return {str(place["sha256"]) for place in _places(row) if place.get("sha256")}
 
 
+def _is_among(hashes: HashTable, row: Mapping[str, Any]) -> bool:
+    return any(bytes.fromhex(sha256) in hashes for sha256 in _contents(row))
+
+
 def _held_out_contents(
     job: Job, results: Mapping[str, FetchResult], stamps: StampWriter
-) -> set[str]:
+) -> HashTable:
     """Gives the hashes of the pictures of "validation", for a job that builds "train".
 
     The split goes by the name of a picture, since its content is known after FETCH only. Under two
     names a picture would be in both: "validation" keeps it.
     """
-    named, contents = job.dataset.held_out
-    places = [
-        _plan_image(job, each, results, stamps).location
-        for each in named
-        if not isinstance(each, SceneVideo)  # no hash divides generated rows
-    ]
-    return contents | _contents({"image": places})
+    found = HashTable(hashlib.sha256().digest_size)
+    for each in job.dataset.held_out():
+        if isinstance(each, bytes):
+            found.add(hashlib.sha256(each).digest())
+        elif not isinstance(each, SceneVideo):  # no hash divides generated rows
+            for sha256 in _contents({"image": _plan_image(job, each, results, stamps).location}):
+                found.add(bytes.fromhex(sha256))
+    return found
 
 
-def _held_out_urls(job: Job) -> set[str]:
-    """Lists the URLs of "validation" that a job that builds "train" downloads too."""
-    return {each for each in job.dataset.held_out[0] if isinstance(each, str)}
+def _held_out_urls(job: Job) -> Iterator[str]:
+    """Gives the URLs of "validation" that a job that builds "train" downloads too."""
+    return (each for each in job.dataset.held_out() if isinstance(each, str))
 
 
 def _repeated(
@@ -1030,7 +1036,7 @@ def image_urls(
             if marks is not None:
                 marks.add(example)
             report.step("")
-        yield from sorted(_held_out_urls(job))
+        yield from _held_out_urls(job)
 
     report.stage("rows", len(job.examples))
     return unique_urls(each_url(), folder)
@@ -1044,8 +1050,13 @@ def _judged(
     Raises:
       BudgetError: `dead_links`.
     """
+    held_out = TextSet()
+    for url in _held_out_urls(job):
+        held_out.add(url)
     survey = survey_results(
-        results, num_urls=job.settings.fetch.placeholder_urls, ignored=_held_out_urls(job)
+        results,
+        num_urls=job.settings.fetch.placeholder_urls,
+        ignored=held_out if len(held_out) else None,
     )
     for sha256, (number, url) in sorted(
         survey.placeholders.items(), key=lambda each: (-each[1][0], each[0])

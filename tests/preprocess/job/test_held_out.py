@@ -100,7 +100,7 @@ def test_placeholders_are_reported_with_an_example():
     }
     job = SimpleNamespace(
         settings=SimpleNamespace(fetch=FetchPolicy(placeholder_urls=2), max_dead_links=1.0),
-        dataset=SimpleNamespace(held_out=([], set())),
+        dataset=SimpleNamespace(held_out=lambda: iter(())),
     )
     told = Quiet()
     marked = planner._judged(job, results, told)
