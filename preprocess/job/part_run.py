@@ -255,7 +255,6 @@ def _try_to_plan(job: Job, urls: UrlSpool, marks: RowMarks, held: HeldPart, boar
                 storage.exists(url, fresh=True)  # what was missing before the claim may be there
             if load_plan(job, board, shared=True) is not None or committed(job) is not None:
                 return True
-            fetched = _fetched(job, urls, held) if urls else {}
 
             def check() -> None:
                 held.check()
@@ -266,7 +265,7 @@ def _try_to_plan(job: Job, urls: UrlSpool, marks: RowMarks, held: HeldPart, boar
                     job,
                     board,
                     promised=check_conflict(job),
-                    fetched=fetched,
+                    fetched=_fetched(job, urls, held) if urls else {},
                     marks=marks,
                     cache_token=cache_token(job),
                     check_held=check,

@@ -227,6 +227,7 @@ def make_plan(
                 mark=job.identity_url,
             )
     results = _judged(job, results, report)
+    has_urls = bool(results)
     with scratch_folder(job.scratch) as folder:
         spool = _Spool(folder / "spool.jsonl")
         with StampWriter(folder / "files") as stamps, _LostRows(folder / "lost.jsonl") as lost:
@@ -235,6 +236,7 @@ def make_plan(
             for stamp in named_stamps(job.files_url(job.generation - 1)) if job.growth else ():
                 stamps.add(stamp)
             rows = _spool_rows(job, results, spool, lost, stamps, report)
+        del results, fetched  # the order takes their place in memory
         job.dataset.rows.release()
         if len(stamps):
             storage.publish_file(job.files_url(job.generation), folder / "files")
@@ -291,7 +293,7 @@ def make_plan(
             got_build_key=build_key[:16],
             want_build_key=str(promised)[:16],
         )
-    downloaded = bool(results) or (before is not None and "downloads" in before.source)
+    downloaded = has_urls or (before is not None and "downloads" in before.source)
     plan = Plan(
         build_key=build_key,
         num_shards=count.num_shards,
@@ -726,6 +728,7 @@ def _planned_rows(
         except SampleError as refused:
             row, error = {"key": f"row-{numbers[0]}", "image": None, "example": {}}, refused
         yield {**row, **origin}, error
+    job.dataset.read_url = None  # it keeps what is known of all URLs in memory
 
 
 def _planned_row(
