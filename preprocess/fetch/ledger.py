@@ -5,7 +5,7 @@ drops, so that the URL is fetched again. A line is written after its blob is in 
 check the blob, since it may have been deleted after its line was written.
 
 A ledger may be larger than memory: of each URL only the hash and the place of its line are held, 30
-to 36 bytes, and a result is read when somebody asks for it.
+to 40 bytes, and a result is read when somebody asks for it.
 
 URLs are written here without credentials (`redact`); what differs in user and password only is one
 URL.
