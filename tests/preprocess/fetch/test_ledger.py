@@ -50,6 +50,7 @@ results = st.builds(
     final_url=texts,
     finished_unix_s=numbers,
     not_before_unix_s=numbers,
+    limit=numbers,
     opt_outs_ignored=st.booleans(),
 )
 
