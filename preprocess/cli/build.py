@@ -10,6 +10,7 @@ from typing import Annotated
 
 from preprocess.cli.config import add_config
 from preprocess.cli.options import add_settings, read_settings
+from preprocess.cli.unused import DATASET_NEEDS, JOB_NEEDS, require_used, unused_notes
 from preprocess.cli.verbs import Console, Verb, default_output, others_text
 from preprocess.datasets import dataset_class, dataset_names
 from preprocess.job import (
@@ -147,11 +148,15 @@ def _add_job(verb: str, parser: argparse.ArgumentParser) -> None:
     add_config(parser)
 
 
-def job_settings(options: argparse.Namespace) -> JobSettings:
+def job_settings(options: argparse.Namespace, console: Console | None = None) -> JobSettings:
     """Reads the flags of a job.
 
+    Args:
+      options: What the verb's parser read.
+      console: Told which settings change nothing for this dataset.
+
     Raises:
-      ConfigError: A value is out of range.
+      ConfigError: A value is out of range, or changes nothing.
     """
     views = read_settings(ViewSettings, options)
     image = {
@@ -160,11 +165,16 @@ def job_settings(options: argparse.Namespace) -> JobSettings:
         "max_side_px": views.max_side_px,
     }
     out = options.out or default_output(options.name or dataset_class(options.dataset).name)
-    return read_settings(JobSettings, options, {JobSettings: {"out": out}, ImagePolicy: image})
+    settings = read_settings(JobSettings, options, {JobSettings: {"out": out}, ImagePolicy: image})
+    require_used(JOB_NEEDS, (views, settings))
+    if console is not None:
+        for note in unused_notes(DATASET_NEEDS, (views, settings)):
+            console.note(note)
+    return settings
 
 
 def _shards(options: argparse.Namespace, console: Console) -> int:
-    settings = job_settings(options)
+    settings = job_settings(options, console)
     if settings.part is None:
         console.show(_outcome_text(settings, run_job(settings, console)))
         return 0
@@ -180,7 +190,7 @@ def _shards(options: argparse.Namespace, console: Console) -> int:
 
 
 def _retry(options: argparse.Namespace, console: Console) -> int:
-    settings = job_settings(options)
+    settings = job_settings(options, console)
     done = retry_job(settings, console)
     if done.outcome is not None:
         console.show(_outcome_text(settings, done.outcome))
@@ -189,13 +199,13 @@ def _retry(options: argparse.Namespace, console: Console) -> int:
 
 
 def _commit(options: argparse.Namespace, console: Console) -> int:
-    settings = job_settings(options)
+    settings = job_settings(options, console)
     console.show(_outcome_text(settings, commit_job(settings, console)))
     return 0
 
 
 def _plan(options: argparse.Namespace, console: Console) -> int:
-    settings = job_settings(options)
+    settings = job_settings(options, console)
     console.show(_dry_run_text(settings, dry_run(settings, console)))
     return 0
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from preprocess.cli.options import add_settings, read_settings
+from preprocess.cli.unused import VERIFY_NEEDS, require_used
 from preprocess.cli.verbs import Console, Verb
 from preprocess.job import (
     Engine,
@@ -89,6 +90,7 @@ def _status(options: argparse.Namespace, console: Console) -> int:
 
 def _verify(options: argparse.Namespace, console: Console) -> int:
     settings = read_settings(VerifySettings, options)
+    require_used(VERIFY_NEEDS, (settings,))
     with Engine(settings) as engine:
         findings = verify(
             settings.out, console, deep=settings.deep, part=settings.part, engine=engine

@@ -95,6 +95,28 @@ def read_settings(
     return kind(**values)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettingValue:
+    """A setting of an object, with its value."""
+
+    name: str
+    """Of its flag, among the parsed options."""
+    value: Any
+    given: bool
+    """Whether the value is not the default; False where the default depends on the machine."""
+
+
+def setting_values(settings: Any) -> Iterator[SettingValue]:
+    """Lists the settings of a settings object, those of nested dataclasses in place."""
+    for each in _fields(type(settings)):
+        value = getattr(settings, each.name)
+        if each.setting is not None:
+            given = each.setting.unset is None and value != each.default
+            yield SettingValue(name=each.dest, value=value, given=given)
+        elif dataclasses.is_dataclass(value):
+            yield from setting_values(value)
+
+
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)  # compiles their texts

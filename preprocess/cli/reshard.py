@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
 from preprocess.cli.options import add_settings, read_settings
+from preprocess.cli.unused import RESHARD_NEEDS, require_used, unused_notes
 from preprocess.cli.verbs import Console, Verb, others_text
 from preprocess.job import OthersMissing
 from preprocess.reshard import (
@@ -77,40 +78,28 @@ def reshard_settings(options: argparse.Namespace) -> ReshardSettings:
     Raises:
       ConfigError: A value is out of range.
     """
+    flags = read_settings(ReshardFlags, options)
     given = {
         "sources": tuple(options.src),
         "out": options.dst,
         "form": options.form,
-        "cluster": read_settings(ReshardFlags, options).cluster,
+        "cluster": flags.cluster,
     }
     settings = read_settings(ReshardSettings, options, {ReshardSettings: given})
     if options.verb == "filter" and not settings.where and settings.keys is None:
         raise ConfigError("reshard_settings.condition")
     if options.verb == "split" and settings.into is None:
         raise ConfigError("reshard_settings.into")
-    _require_used(settings)
+    require_used(RESHARD_NEEDS, (flags, settings), form=settings.form)
     return settings
 
 
-def _require_used(settings: ReshardSettings) -> None:
-    """Refuses what would be ignored beside other settings."""
-    usual = {each.name: each.default for each in fields(ReshardSettings)}
-    if settings.order != "shuffle" and settings.seed != usual["seed"]:
-        beside, remedy = f"--order {settings.order}", "use --order shuffle"
-        raise ConfigError("reshard_settings.unused", name="seed", beside=beside, remedy=remedy)
-    if settings.num_shards is None:
-        return
-    ignored = {
-        "shard-size": settings.shard_bytes != usual["shard_bytes"],
-        "nodes, --ranks, --workers": settings.cluster is not None,
-    }
-    for name in (name for name, given in ignored.items() if given):
-        beside, remedy = f"--shards {settings.num_shards}", "leave out --shards"
-        raise ConfigError("reshard_settings.unused", name=name, beside=beside, remedy=remedy)
-
-
 def _reshard(options: argparse.Namespace, console: Console) -> int:
-    plan = plan_reshard(reshard_settings(options), console)
+    settings = reshard_settings(options)
+    plan = plan_reshard(settings, console)
+    if plan.view and settings.form == "auto":
+        for note in unused_notes(RESHARD_NEEDS, (settings,), form="view"):
+            console.note(note)
     console.show(plan_text(plan))
     if not options.dry_run:
         outcome = reshard_part(plan, console)

@@ -137,7 +137,6 @@ OTHERS = {
     "SEED": "1",
     "PAD_VOCAB": "4096",
     "MESSAGE_FORMAT": "chatml",
-    "CHAT_DATE": "2024-01-02",
     "PROMPTS": "uber_model",
     "SYSTEM_PROMPT": "none",
     "VARIANTS": "1",
@@ -252,11 +251,12 @@ def test_every_setting_is_told_by_its_own_name_alone(variable, tmp_path):
     assert table(found).splitlines()[1].split()[0] == variable
 
 
-def test_points_that_move_are_told_by_the_name_of_their_setting():
+@pytest.mark.parametrize("field, value", [("movable", True), ("chat_date", "2024-01-02")])
+def test_settings_that_need_others_are_told_by_their_own_names(field, value):
     old = identity()
-    text = {**old["recipe"]["text"], "movable": True}
+    text = {**old["recipe"]["text"], field: value}
     new = {**old, "recipe": {**old["recipe"], "text": text}}
-    assert [each.name for each in find_differences(old, new)] == ["MOVABLE"]
+    assert [each.name for each in find_differences(old, new)] == [field.upper()]
 
 
 @pytest.mark.parametrize("variable", VIDEOS)
@@ -270,5 +270,5 @@ def test_settings_of_videos_are_told_where_there_are_videos(variable):
 def test_every_variable_is_in_one_of_the_lists():
     _, verbs = command_line()
     told = {*OTHERS, *VIDEOS, *NOT_IN_IT, "CONFIG", "DATASET", "NAME", "SOURCE", "MODE"}
-    told |= {"TOKENIZER", "MODEL", "FAMILY", "MOVABLE"}
+    told |= {"TOKENIZER", "MODEL", "FAMILY", "MOVABLE", "CHAT_DATE"}
     assert set(make_variables(verbs["shards"])) == told

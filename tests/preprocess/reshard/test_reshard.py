@@ -22,7 +22,7 @@ from loader.reading.reader import ShardReader
 from loader.state.fingerprint import split_fingerprint
 from preprocess.__main__ import command_line
 from preprocess.annotate import AnnotateSettings, annotate, plan_annotation
-from preprocess.cli.reshard import plan_text, reshard_settings
+from preprocess.cli.reshard import VERBS, plan_text, reshard_settings
 from preprocess.job.gc import find_strays, remove_strays
 from preprocess.job.verify import verify
 from preprocess.reshard import run as job
@@ -323,6 +323,19 @@ def test_a_view_suffices_unless_asked_otherwise_and_says_why(dataset, tmp_path):
     assert require_manifest(str(tmp_path / "out")).view is not None
 
 
+@pytest.mark.parametrize("words, notes", [(["--sha256"], 1), ([], 0), (["--sha256", "--copy"], 0)])
+def test_what_a_view_that_was_not_requested_ignores_is_told(dataset, tmp_path, words, notes):
+    class Told(Quiet):
+        def show(self, text):
+            pass
+
+    told = Told()
+    parser, _ = command_line()
+    words = ["reshard", str(dataset), str(tmp_path / "out"), "--dry-run", *words]
+    assert VERBS[0].run(parser.parse_args(words), told) == 0
+    assert sum(note.startswith("no effect: --sha256") for note in told.notes) == notes
+
+
 def test_a_view_of_too_many_runs_becomes_a_copy(dataset, tmp_path, monkeypatch):
     from preprocess.reshard import assign as arithmetic
 
@@ -606,11 +619,11 @@ def options_of(*words):
         ("reshard", ("--shards", "0"), "reshard_settings"),
         ("reshard", ("--jobs", "0"), "reshard_settings"),
         ("reshard", ("--sha256", "--through", "store"), "reshard_settings"),
-        ("reshard", ("--seed", "3"), "reshard_settings"),
-        ("merge", ("--seed", "3", "--order", "keep"), "reshard_settings"),
-        ("reshard", ("--shards", "3", "--shard-size", "1MiB"), "reshard_settings"),
-        ("reshard", ("--shards", "3", "--nodes", "2"), "reshard_settings"),
-        ("reshard", ("--shards", "3", "--workers", "2"), "reshard_settings"),
+        ("reshard", ("--seed", "3"), "unused_setting"),
+        ("merge", ("--seed", "3", "--order", "keep"), "unused_setting"),
+        ("reshard", ("--shards", "3", "--shard-size", "1MiB"), "unused_setting"),
+        ("reshard", ("--shards", "3", "--nodes", "2"), "unused_setting"),
+        ("reshard", ("--shards", "3", "--workers", "2"), "unused_setting"),
         ("reshard", ("--shard-size", "9" * 400), "size_text"),
         ("reshard", ("--nodes", "0"), "cluster"),
         ("filter", (), "reshard_settings"),
