@@ -75,6 +75,11 @@ JOB_NEEDS = (
     ),
     Need(flags=("quality",), text="only with --codec jpeg", holds=lambda s: s.codec == "jpeg"),
     Need(
+        flags=("keep",),
+        text="only without --codec raw, which no file has",
+        holds=lambda s: s.codec != "raw",
+    ),
+    Need(
         flags=("max_fps",),
         text="only with --frames uniform_last",
         holds=lambda s: s.frames == "uniform_last",

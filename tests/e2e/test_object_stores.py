@@ -296,7 +296,7 @@ def test_two_jobs_on_one_store_do_not_mix(cli, s3_server, source, large):
     first = cli.start(*large_job(source, out))
     assert first.wait_until(lambda: ".lease" in s3_server.objects(out))
     first.signal_group(signal.SIGSTOP)  # or it might end before the others have begun
-    second = cli.run(*large_job(source, out), "--keep", "never")
+    second = cli.run(*large_job(source, out), "--seed", 1)
     assert second.code == 1
     assert "output is locked by another job" in second.err
     refused = cli.run("gc", out)

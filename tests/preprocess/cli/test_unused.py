@@ -19,13 +19,18 @@ PARSER, VERBS = command_line()
 ALWAYS = {
     *("CACHE", "CODEC", "CONFIG", "CROPS", "DATASET", "DECODE", "DECODE_MEMORY", "DUPLICATES"),
     *("ENGINE", "EVENTS", "FORCE", "HIGH_RES_CROPS", "IMAGE_BOUND", "IMAGE_FIT", "IMAGE_MEMORY"),
-    *("IMAGE_SIZE", "KEEP", "LIMIT", "MAX_ASPECT", "MAX_BAD_SAMPLES", "MAX_LOST_ROWS"),
+    *("IMAGE_SIZE", "LIMIT", "MAX_ASPECT", "MAX_BAD_SAMPLES", "MAX_LOST_ROWS"),
     *("MAX_MEGAPIXELS", "MAX_SOURCE_SIDE", "MESSAGE_FORMAT", "MODE", "MODEL", "NAME"),
     *("NUM_SHARDS", "OUT", "PACK_SIZE", "PAD_VOCAB", "PARAPHRASE", "PART", "PATCH_SIZE"),
     *("PLACEHOLDERS", "PROMPTS", "REASONING", "RESAMPLE", "SEED", "SOURCE", "SPLIT"),
     *("STALL_AFTER", "STYLES", "SYSTEM_PROMPT", "TOKENIZER", "VARIANTS", "WHITESPACE", "WORKERS"),
 }
 """Settings of `make shards` without a condition."""
+RESHARD_ALWAYS = {
+    *("DRY_RUN", "DST", "INTO", "JOBS", "KEYS", "NAME", "ORDER", "PART", "SALT", "SHARDS"),
+    *("SPLIT", "SRC", "VIEW", "WHERE"),
+}
+"""The same of `make reshard`, `merge`, `split` and `filter`."""
 JOB = {
     "backoff": ("2", "--attempts=1", ""),
     "breaker_hosts": ("3", "--breaker-success=0", ""),
@@ -34,6 +39,7 @@ JOB = {
     "failures_expire": ("3", "--retry=all", "--retry=transient"),
     "family": ("processor", "", "--model=some/model"),
     "frame_pool": ("2", "--model=some/model", ""),
+    "keep": ("never", "--codec=raw", "--codec=png"),
     "max_fps": ("1", "--frames=uniform", "--frames=uniform_last"),
     "new_rows": ("append", "--force", ""),
     "own_disk": ("allow", "", "--part=0/2"),
@@ -89,10 +95,18 @@ def flags_of(needs):
     return {name for need in needs for name in need.flags}
 
 
-def test_every_setting_always_counts_or_has_its_condition():
-    conditional = flags_of([*unused.JOB_NEEDS, *unused.DATASET_NEEDS])
-    assert {name.upper() for name in conditional} | ALWAYS == set(make_variables(VERBS["shards"]))
-    assert not {name.upper() for name in conditional} & ALWAYS
+@pytest.mark.parametrize(
+    "verbs, needs, always",
+    [
+        (["shards"], [*unused.JOB_NEEDS, *unused.DATASET_NEEDS], ALWAYS),
+        (["reshard", "merge", "split", "filter"], unused.RESHARD_NEEDS, RESHARD_ALWAYS),
+    ],
+    ids=["shards", "reshard"],
+)
+def test_every_setting_always_counts_or_has_its_condition(verbs, needs, always):
+    conditional = {name.upper() for name in flags_of(needs)}
+    assert conditional | always == {name for verb in verbs for name in make_variables(VERBS[verb])}
+    assert not conditional & always
 
 
 @pytest.mark.parametrize(
@@ -131,7 +145,7 @@ def test_all_settings_that_change_nothing_are_named_at_once():
 
 def test_defaults_are_never_refused():
     """Whatever is beside them: scripts and configs spell them out."""
-    contrary = {beside for _, beside, _ in JOB.values()} - {"--model=some/model"}
+    contrary = sorted({beside for _, beside, _ in JOB.values()} - {"--model=some/model"})
     usual = [
         given(action.dest, action.default)
         for action in VERBS["shards"]._actions
