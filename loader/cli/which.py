@@ -72,8 +72,8 @@ def order_of(state: Mapping[str, Any], stream: StreamingDataset) -> Order:
     """Restores the order of a state's run.
 
     Raises:
-      StateError: `which_state`, rows of its run are not single samples of one dataset;
-        `state_mismatch`, it is of other data; as `OrderConfig.from_dict`.
+      StateError: `which_state`, rows of its run are not single, whole samples of one
+        dataset; `state_mismatch`, it is of other data; as `OrderConfig.from_dict`.
     """
     single = state.get("packing") is None and not state.get("bucket_steps")
     if not single or "num_samples" not in state["order"]:
@@ -81,6 +81,9 @@ def order_of(state: Mapping[str, Any], stream: StreamingDataset) -> Order:
     found = differences(state["data"], stream.fingerprint(), "state.data")
     if found:
         raise StateError("state_mismatch", differences="; ".join(found))
+    # The order of an evaluation numbers questions.
+    if state["order"]["num_samples"] != stream.num_samples:
+        raise StateError("which_state")
     return Order(OrderConfig.from_dict(state["order"]))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from loader import IterableDatasetMixture, StreamingDataset, make_dataloader
+from loader import IterableDatasetMixture, StreamingDataset, View, make_dataloader
 from loader.__main__ import main
 from loader.cli.saved_state import find_state
 from loader.cli.which import number_of_key, order_of
@@ -105,7 +105,7 @@ def test_state_brings_the_settings_and_the_changes_of_its_run(saved, url, tmp_pa
 def test_what_has_no_single_samples_or_is_of_other_data_is_refused(
     url, tiny_sample, write_dataset, tmp_path, capsys
 ):
-    def refused(state):
+    def refused(state, url=url):
         path = tmp_path / "state.json"
         path.write_text(json.dumps(state))
         return refusal(capsys, "which", url, "--step", 0, "--state", path)
@@ -118,6 +118,11 @@ def test_what_has_no_single_samples_or_is_of_other_data_is_refused(
     with pytest.raises(StateError) as caught:
         order_of(mixed, StreamingDataset(url, seed=5, rank=0, world_size=1))
     assert caught.value.reason == "which_state"
+    # An evaluation numbers questions, of which a sample may have several.
+    samples = [tiny_sample(i, num_branches=2) for i in range(BATCH)]
+    pairs = write_dataset(tmp_path / "pairs", samples)
+    asked = View(image=StreamingDataset(pairs).view.image, purpose="evaluation")
+    assert "questions" in refused(make(pairs, view=asked, tail="pad").state_dict(), pairs)
     other = write_dataset(tmp_path / "other", [tiny_sample(i) for i in range(9)])
     assert "num_samples: 9 here, 61 asked" in refused(make(other).state_dict())
     message = refusal(capsys, "which", url, "--key", "nobody")
