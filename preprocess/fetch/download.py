@@ -66,7 +66,7 @@ from preprocess.fetch.hosts import Host, bare, group_by_host, host_of, text_key
 from preprocess.fetch.ledger import FetchResult, FetchResults, Ledger
 from preprocess.fetch.policy import FetchPolicy, ShaPolicy
 from preprocess.fetch.robots import Robots, forbids_use
-from preprocess.fetch.urls import UrlSpool, redact, unique_urls
+from preprocess.fetch.urls import UrlSpool, redact, request_of, unique_urls
 from preprocess.media import ImageLimits, open_source
 from shardspec.errors import BudgetError, ConfigError, SampleError, nearest
 from shardspec.image_file import check_image_file
@@ -161,7 +161,7 @@ def fetch_all(
 
     Returns:
       The result of every URL given, by the URL as it was given: what the ledger says of it whenever
-      it is read. Of URLs that differ in credentials only, the first is requested and listed.
+      it is read. Of URLs that are one request (`request_of`), the first is requested and listed.
 
     Raises:
       BudgetError: `looks_offline`: hardly any URL works. The failures of the last window are in the
@@ -174,7 +174,7 @@ def fetch_all(
             "bad_sha_policy", hint=nearest(sha_policy, get_args(ShaPolicy)), got=repr(sha_policy)
         )
     urls = urls if isinstance(urls, UrlSpool) else unique_urls(urls)
-    expected = {redact(url): sha.lower() for url, sha in (expected_sha256 or {}).items()}
+    expected = {request_of(url): sha.lower() for url, sha in (expected_sha256 or {}).items()}
     run = _Run(
         cache=cache,
         ledger=ledger,
@@ -408,7 +408,7 @@ class _Run:
 
     def is_settled(self, known: FetchResult) -> bool:
         """Returns True if the result of an earlier run is kept."""
-        expected = self.expected.get(known.url)
+        expected = self.expected.get(request_of(known.url))
         differs = self.sha_policy == "require" and expected not in (None, known.sha256)
         if known.status == "ok":
             blob = known.sha256 or ""
@@ -786,14 +786,15 @@ class _Run:
     def _keep(self, name: str, body: bytes) -> tuple[str, str]:
         """Judges a body and stores a usable one; returns the reason against it and its sha256."""
         sha256 = hashlib.sha256(body).hexdigest()
-        is_document = name.partition("?")[0].lower().endswith(".pdf") and b"%PDF-" in body[:1024]
+        request = request_of(name)
+        is_document = request.partition("?")[0].lower().endswith(".pdf") and b"%PDF-" in body[:1024]
         # Whether the pages of a PDF can be drawn is seen by who draws them.
         reason: str = "" if is_document else image_fault(body, limits=self.limits)
         if self.videos and reason == "not_image" and not body[:64].lstrip().startswith(b"<"):
             reason = ""  # whether it is a video is seen where it is decoded
         if self.ocr_files and reason == "not_image" and _OCR_HEAD.match(body[:4096]):
             reason = ""  # whether it can be read is seen by who reads it
-        if not reason and self.expected.get(name, sha256) != sha256:
+        if not reason and self.expected.get(request, sha256) != sha256:
             reason = "sha_mismatch"
         if not reason or (reason == "sha_mismatch" and self.sha_policy == "warn"):
             self.cache.put(body)

@@ -7,8 +7,8 @@ check the blob, since it may have been deleted after its line was written.
 A ledger may be larger than memory: of each URL only the hash and the place of its line are held, 30
 to 40 bytes, and a result is read when somebody asks for it.
 
-URLs are written here without credentials (`redact`); what differs in user and password only is one
-URL.
+URLs are written here without credentials (`redact`). What is one request (`request_of`) is one URL:
+whoever asks finds the result under the spelling that he asked with.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Literal
 
 from preprocess.fetch.locks import lock_file
-from preprocess.fetch.urls import UrlSpool, read_line, read_lines, redact
+from preprocess.fetch.urls import UrlSpool, read_line, read_lines, redact, request_of
 from preprocess.hash_table import ABSENT, TEXT_BYTES, HashTable, text_hash
 from shardspec.documents import read_fields, read_json
 from shardspec.errors import StorageError
@@ -135,7 +135,7 @@ class LedgerReader(Mapping[str, FetchResult]):
 
     def note(self, url: str, place: int) -> None:
         """Says where the last line of a URL begins."""
-        number = self._names.add(text_hash(redact(url)))
+        number = self._names.add(text_hash(request_of(url)))
         if number < len(self._places):
             self._places[number] = place
         else:
@@ -145,13 +145,13 @@ class LedgerReader(Mapping[str, FetchResult]):
         return len(self._names)
 
     def __contains__(self, url: object) -> bool:
-        return isinstance(url, str) and text_hash(redact(url)) in self._names
+        return isinstance(url, str) and text_hash(request_of(url)) in self._names
 
     def __getitem__(self, url: str) -> FetchResult:
-        number = self._names.find(text_hash(redact(url)))
+        number = self._names.find(text_hash(request_of(url)))
         if number == ABSENT:
             raise KeyError(url)
-        return self._read(number)
+        return _renamed(self._read(number), redact(url))
 
     def __iter__(self) -> Iterator[str]:
         """Iterates redacted URLs, in the order of their first lines."""
@@ -339,7 +339,10 @@ def decode_result(line: bytes) -> FetchResult:
         )
     else:
         result = read_fields(FetchResult, read_json(line, any_text=True))
-    url = redact(result.url)  # older releases wrote signatures as they were
+    return _renamed(result, redact(result.url))  # older releases wrote signatures as they were
+
+
+def _renamed(result: FetchResult, url: str) -> FetchResult:
     return result if url == result.url else dataclasses.replace(result, url=url)
 
 

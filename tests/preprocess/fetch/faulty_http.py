@@ -157,6 +157,9 @@ class FaultyServer:
     async def _html(self, request: web.Request) -> web.Response:
         return web.Response(text="<html>sorry</html>", content_type="image/jpeg")
 
+    async def _pdf(self, request: web.Request) -> web.Response:  # noqa: ARG002
+        return web.Response(body=b"%PDF-1.7 and more")
+
     async def _empty(self, request: web.Request) -> web.Response:
         return web.Response(body=b"", content_type="image/png")
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from preprocess.fetch import BlobCache, FetchResult, Ledger, read_ledger
+from preprocess.fetch import BlobCache, FetchResult, Ledger, read_ledger, survey_results
 from preprocess.fetch import download as fetch
 from preprocess.fetch.download import TRANSIENT, fetch_all, image_fault, is_public
 from preprocess.fetch.hosts import group_by_host, host_of
@@ -148,6 +148,39 @@ def test_duplicate_urls_are_requested_once(server, run):
     urls = [server.url("/ok/a.png"), server.url("/ok/b.png")] * 5
     assert len(run(*urls)) == 2
     assert set(server.requests.values()) == {1}
+
+
+def test_spellings_of_one_request_are_one_download_and_one_url(server, run, tmp_path):
+    first = server.url("/ok/a~b.png?c=%26")
+    spellings = [
+        first,
+        *(f"{first}#{i}" for i in range(10)),
+        first.replace("http", "HTTP"),
+        first.replace("~", "%7e"),
+        first.replace("b", "%62"),
+        first.replace("/ok", "/no/../ok"),
+        f" {first} ",
+    ]
+    results = run(*spellings)
+    assert list(server.requests.values()) == [1]
+    assert list(results) == [first]
+    assert {results[url].sha256 for url in spellings} == {results[first].sha256}
+    # What plans and shards say of a row's image is as it was spelled there.
+    assert [results[url].url for url in spellings] == spellings
+    assert survey_results(results, num_urls=10).placeholders == {}
+    for url in spellings:
+        assert run(url)[url].status == "ok"
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        assert len(ledger) == 1
+    assert sum(server.requests.values()) == 1
+
+
+def test_a_fragment_hides_neither_a_document_nor_its_expected_content(server, run, cache):
+    pdf = server.url("/pdf/a.pdf")
+    assert one(run(f"{pdf}#page=3")).status == "ok"
+    image = server.url("/ok/a.png")
+    found = run(f"{image}#1", expected_sha256={image: "0" * 64})
+    assert one(found).reason == "sha_mismatch"
 
 
 def test_equal_contents_of_two_urls_are_one_blob(server, run, cache):

@@ -136,7 +136,7 @@ def misbehaving(server):
     port = str(server.ports[STRICT])
     want = {server.url(p.replace("PORT", port), host=PLAIN): c for p, c in PATHS.items()}
     more = {
-        PLAIN: {"/private/a.png": "robots", "/private/open/../a.png": "robots"},
+        PLAIN: {"/private/a.png": "robots", "/private/open/../b.png": "robots"},
         STRICT: {"/secret/b.png": "robots", "/ok/s.png": "ok"},
         NONE: {"/ok/n.png": "ok"},
         DOWN: {"/ok/1.png": "robots_unreachable", "/ok/2.png": "robots_unreachable"},
