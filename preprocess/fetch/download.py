@@ -16,8 +16,11 @@ its results are frozen in the ledger, and everything after is a function of that
 4. The robots.txt of each origin is requested once a day, and kept as a blob with a line of the
    ledger. Where it cannot be had, nothing else of the origin is requested.
 5. A URL is tried `attempts` times while its failures are transient, with exponential backoff and
-   full jitter. A body counts when it is complete, its header is an image's, and its sha256 is the
-   expected one.
+   full jitter. A host of which `host_failures` URLs in a row have failed is left alone for
+   `backoff_s * 2 ** (attempts - 1)`; then one URL is requested once. If it fails too, the next
+   pause is twice as long; after `attempts` such trials, the rest is left for a later run
+   (`host_down`). An answer ends this. A body counts when it is complete, its header is an image's,
+   and its sha256 is the expected one.
 6. A result goes to the ledger as soon as its blob is in place.
 
 Reasons of failure, stable codes. Transient (`TRANSIENT`), tried again at once and in later runs:
@@ -117,6 +120,8 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _WORKERS_PER_SLOT = 4
 """Workers that wait out a backoff or a pause hold no slot; this many let others continue
 meanwhile."""
+_LOOK_AGAIN_S = 1.0
+"""How long a worker waits for a host that failed too often before it looks for another one."""
 _ROBOTS_IN_MEMORY = 1000
 _NUMERIC_LABEL = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
 """A last label that makes a host an IPv4 address (URL standard, "ends in a number checker")."""
@@ -361,7 +366,9 @@ class _Tickets:
 
     def _wait_s(self, host: Host, now_s: float) -> float:
         wait_s = host.wait_s(now_s=now_s)
-        return wait_s if wait_s <= self._max_pause_s else 0.0  # else its URLs end at once
+        if wait_s > self._max_pause_s:
+            return 0.0  # its URLs end at once
+        return max(wait_s, host.trial_at_s - now_s)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -520,12 +527,23 @@ class _Run:
             host = tickets.take()
             if not host.urls:
                 continue
+            now_s = asyncio.get_running_loop().time()
+            is_down = self._is_down(host)
+            if is_down and host.trial_at_s > now_s:
+                # No host may be asked earlier, but that may change.
+                await asyncio.sleep(min(host.trial_at_s - now_s, _LOOK_AGAIN_S))
+                tickets.put(host)
+                continue
+            is_trial = is_down and host.num_trials < self.policy.attempts
+            if is_trial:
+                host.num_trials += 1
+                host.trial_at_s = now_s + self.policy.wall_timeout_s  # unless it ends earlier
             url = host.urls.pop()
-            result = await self._fetch(url, host)
+            result = await self._fetch(url, host, is_trial=is_trial)
             if self._stopped:
                 return
             try:
-                self._finish(result, host)
+                self._finish(result, host, is_trial=is_trial)
             except BaseException:
                 # Cancelling takes effect a turn later; until then others may come this far.
                 self._stopped = True
@@ -533,13 +551,31 @@ class _Run:
             if host.urls:
                 tickets.put(host)
 
-    def _finish(self, result: FetchResult, host: Host) -> None:
+    def _is_down(self, host: Host) -> bool:
+        # Of a host that asks for a long pause, more is known.
+        wait_s = host.wait_s(now_s=asyncio.get_running_loop().time())
+        failed_often = host.failures_in_a_row >= self.policy.host_failures
+        return failed_often and wait_s <= self.policy.max_pause_s
+
+    def _judge(self, host: Host, result: FetchResult, *, is_trial: bool) -> None:
+        """Notes how a host has answered, and when it may be tried again if it failed too often."""
+        policy, was_down = self.policy, self._is_down(host)
+        if result.reason != "host_busy":
+            host.note(failed=result.reason in TRANSIENT)
+        if host.answers_in_a_row >= policy.host_failures:
+            host.num_trials = 0
+        if not self._is_down(host):
+            host.trial_at_s = 0.0
+        elif is_trial or not was_down:
+            pause_s = policy.backoff_s * 2 ** (policy.attempts - 1 + host.num_trials)
+            at_s = asyncio.get_running_loop().time() + min(pause_s, policy.max_pause_s)
+            host.trial_at_s = at_s if host.num_trials < policy.attempts else 0.0
+
+    def _finish(self, result: FetchResult, host: Host, *, is_trial: bool) -> None:
         before = self.ledger.get(result.url)
         self.ledger.append(result)
         self._count(result)
-        if result.reason != "host_busy":
-            transient = result.reason in TRANSIENT
-            host.failures_in_a_row = host.failures_in_a_row + 1 if transient else 0
+        self._judge(host, result, is_trial=is_trial)
         # URLs that were never requested, and those that failed before, say nothing about today.
         fresh = before is None or before.status == "ok" or before.reason == "offline"
         if not result.attempts or not fresh:
@@ -554,15 +590,18 @@ class _Run:
                 "looks_offline", window=self.policy.breaker_window, facts=dict(counts.most_common())
             )
 
-    async def _fetch(self, text: str, host: Host) -> FetchResult:
+    async def _fetch(self, text: str, host: Host, *, is_trial: bool) -> FetchResult:
         name = redact(text)
-        if host.failures_in_a_row >= self.policy.host_failures:
+        if self._is_down(host) and not is_trial:
             await asyncio.sleep(0)  # a host may have a hundred thousand of these
             return self._failed(name, host, _Failure("host_down"), attempts=0)
         try:
             url = _checked_url(text, allow_hosts=self.policy.allow_hosts)
         except _Failure as failure:
             return self._failed(name, host, failure, attempts=0)
+        if is_trial:
+            self._no_robots.pop(url.origin(), None)
+        most_attempts = 1 if is_trial else self.policy.attempts
         attempt = 1
         last: _Failure | None = None
         while True:
@@ -573,7 +612,7 @@ class _Run:
                     # What the host has said before is more than that it is not asked again.
                     final, requests = (last, attempt - 1) if last else (failure, failure.attempts)
                     return self._failed(name, host, final, attempts=requests)
-                if failure.reason not in TRANSIENT or attempt >= self.policy.attempts:
+                if failure.reason not in TRANSIENT or attempt >= most_attempts:
                     return self._failed(name, host, failure, attempts=attempt)
                 last = failure
                 await self._back_off(name, attempt)

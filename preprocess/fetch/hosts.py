@@ -69,12 +69,23 @@ class Host:
     """Seconds between two requests that its robots.txt asks for."""
     failures_in_a_row: int = 0
     """URLs that ended in a transient failure since the last one that did not."""
+    answers_in_a_row: int = 0
+    """URLs that ended otherwise since the last one that did."""
+    num_trials: int = 0
+    """URLs that were requested although it has failed too often; anew after many answers."""
+    trial_at_s: float = 0.0
+    """When the next of them may be requested; 0.0 where the host has not failed so often."""
     slots: asyncio.Semaphore | None = field(default=None, compare=False)
     """Requests that may run at a time."""
 
     def pause(self, pause_s: float, *, now_s: float) -> None:
         """Asks for no request in this time; a longer pause that is held already stays."""
         self.resume_at_s = max(self.resume_at_s, now_s + pause_s)
+
+    def note(self, *, failed: bool) -> None:
+        """Notes how a URL has ended."""
+        self.failures_in_a_row = self.failures_in_a_row + 1 if failed else 0
+        self.answers_in_a_row = 0 if failed else self.answers_in_a_row + 1
 
     def wait_s(self, *, now_s: float) -> float:
         """Gives the seconds until a request may begin; 0.0: at once."""

@@ -110,9 +110,14 @@ class FetchPolicy:
     ] = 24 * 3600.0
     host_failures: Annotated[
         int,
-        Setting("failures of a host in a row after which it is left for a later run", group=_GROUP),
+        Setting(
+            "failures of a host in a row after which it is asked only now and then, at last left "
+            "for a later run",
+            group=_GROUP,
+        ),
     ] = 20
-    """Transient ones, of different URLs: a dead host would cost minutes per URL."""
+    """Transient ones, of different URLs: a dead host would cost minutes per URL. It is asked once
+    after each of `attempts` pauses, which go on doubling where those of one URL end."""
     attempts: Annotated[
         int, Setting("maximum number of attempts at one image in one run", group=_GROUP)
     ] = 4

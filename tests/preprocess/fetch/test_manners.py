@@ -268,6 +268,45 @@ def test_a_later_run_holds_the_pause_of_a_host_that_redirects_lead_to(site):
     assert site.fetch(url, **settings)[0] == {url: "ok"}
 
 
+@pytest.mark.parametrize("robots_txt", ["obey", "ignore"])
+def test_a_host_that_failed_often_is_tried_again_after_pauses(site, robots_txt):
+    site.server.down_until_s[PLAIN] = 20.0
+    urls = [site.server.url(f"/ok/{i}.png", host=PLAIN) for i in range(40)]
+    other = [site.server.url(f"/ok/{i}.png", host=LIMITED) for i in range(40)]
+    found, log = site.fetch(*urls, *other, robots_txt=robots_txt, host_failures=3)
+    ended = Counter(found[url] for url in urls)
+    assert ended["ok"] >= 30
+    assert ended.total() - ended["ok"] <= 3 + PER_HOST + 2  # until it opened, and the trials
+    assert "host_down" not in ended
+    assert {found[url] for url in other} == {"ok"}
+    assert max(each.at_s for each in log if each.host == LIMITED) < 11.0  # 4 a second
+    # Between the pauses of 4, 8 and 16 s there is one request, or one URL's of robots.txt.
+    asked_s = [each.at_s for each in log if each.host == PLAIN]
+    pauses_s = [b - a for a, b in itertools.pairwise(asked_s) if b - a > 5.0]
+    assert len(pauses_s) == 2
+    assert 7.9 < pauses_s[0] < 10.0
+    assert 15.9 < pauses_s[1] < 18.0
+    assert asked_s[-1] < 60.0
+
+
+def test_a_host_that_stays_down_is_left_and_asked_at_once_by_the_next_run(site):
+    site.server.down_until_s[PLAIN] = 1e9
+    urls = [site.server.url(f"/ok/{i}.png", host=PLAIN) for i in range(40)]
+    settings = {"robots_txt": "ignore", "host_failures": 3}
+    found, log = site.fetch(*urls, **settings)
+    ended = Counter(found.values())
+    assert ended["http_5xx"] + ended["host_down"] == 40
+    assert ended["http_5xx"] <= 3 + PER_HOST + 3
+    assert site.server.now_s < 4 + 8 + 16 + 20
+    trials = [each for each in log if each.at_s > log[0].at_s + 20.0]
+    assert len(trials) == 1
+    site.server.down_until_s.clear()
+    began_s = site.server.now_s
+    found, log = site.fetch(*urls, **settings)
+    assert set(found.values()) == {"ok"}
+    assert log[0].at_s - began_s < 0.5
+
+
 def test_a_pause_is_held_no_longer_than_was_set(site):
     busy = site.server.url("/flaky/429/1/a?after=3600", host=LIMITED)
     settings = {"robots_txt": "ignore", "longest_pause_s": 600.0}
@@ -292,6 +331,7 @@ def test_every_limit_of_the_module_that_requests_is_a_setting():
         "MAX_IMAGE_BYTES": "default of MAX_DOWNLOAD",
         "MAX_VIDEO_BYTES": "the same",
         "_DAY_S": "a unit",
+        "_LOOK_AGAIN_S": "how soon an idle task sees what has changed",
         "_ROBOTS_IN_MEMORY": "files of which more are read again from the cache",
         "_WORKERS_PER_SLOT": "tasks, which request nothing by themselves",
     }

@@ -78,6 +78,8 @@ class VirtualServer(FaultyServer):
     robots: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Status and text of robots.txt by host; the others have none. Status 0 never answers."""
     log: list[Request] = field(default_factory=list)
+    down_until_s: dict[str, float] = field(default_factory=dict)
+    """By host, until when it answers everything with status 500."""
     now_s: float = 0.0
     """Of all loops."""
 
@@ -87,7 +89,7 @@ class VirtualServer(FaultyServer):
 
     def __init__(self, *, hosts: tuple[str, ...]) -> None:
         super().__init__(hosts=hosts)
-        self.robots, self.log, self.loop = {}, [], None
+        self.robots, self.log, self.down_until_s, self.loop = {}, [], {}, None
         self._sockets = {host: socket.create_server((host, 0)) for host in hosts}
         self.ports = {host: each.getsockname()[1] for host, each in self._sockets.items()}
 
@@ -129,6 +131,8 @@ class VirtualServer(FaultyServer):
         )
         self.log.append(line)
         try:
+            if line.at_s < self.down_until_s.get(line.host, 0.0):
+                return web.Response(status=500)
             if request.path == "/robots.txt":
                 status, text = self.robots.get(line.host, (404, ""))
                 if not status:
