@@ -10,9 +10,9 @@ its results are frozen in the ledger, and everything after is a function of that
    take turns, a slow one delays no other, and there are as many tasks as workers however many URLs
    there are.
 3. Each request, redirects and robots.txt included, waits until its host has fewer than `per_host`
-   others, until the host's rate and Crawl-delay allow it, and until a Retry-After of the host is
-   over. A host that asks for more than `max_pause_s` is left for a later run (`host_busy`), which
-   knows until when.
+   others (half as many after a 429 or 503, one more after `host_failures` answers), until the
+   host's rate and Crawl-delay allow it, and until a Retry-After of the host is over. A host that
+   asks for more than `max_pause_s` is left for a later run (`host_busy`), which knows until when.
 4. The robots.txt of each origin is requested once a day, and kept as a blob with a line of the
    ledger. Where it cannot be had, nothing else of the origin is requested.
 5. A URL is tried `attempts` times while its failures are transient, with exponential backoff and
@@ -65,7 +65,7 @@ from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from preprocess.fetch.blobs import BlobCache
-from preprocess.fetch.hosts import Host, bare, group_by_host, host_of, text_key
+from preprocess.fetch.hosts import Host, Slots, bare, group_by_host, host_of, text_key
 from preprocess.fetch.ledger import FetchResult, FetchResults, Ledger
 from preprocess.fetch.policy import FetchPolicy, ShaPolicy
 from preprocess.fetch.robots import Robots, forbids_use
@@ -117,6 +117,8 @@ MAX_IMAGE_BYTES = 64 * 2**20
 MAX_VIDEO_BYTES = 512 * 2**20
 """What `max_bytes` is by default. A body is in memory until it is complete."""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_OVERRUN = frozenset({429, 503})
+"""Statuses by which a host asks for less."""
 _WORKERS_PER_SLOT = 4
 """Workers that wait out a backoff or a pause hold no slot; this many let others continue
 meanwhile."""
@@ -562,8 +564,10 @@ class _Run:
         policy, was_down = self.policy, self._is_down(host)
         if result.reason != "host_busy":
             host.note(failed=result.reason in TRANSIENT)
-        if host.answers_in_a_row >= policy.host_failures:
+        if host.answers_in_a_row and host.answers_in_a_row % policy.host_failures == 0:
             host.num_trials = 0
+            if host.slots is not None:
+                host.slots.add_one()
         if not self._is_down(host):
             host.trial_at_s = 0.0
         elif is_trial or not was_down:
@@ -677,7 +681,7 @@ class _Run:
         name = bare(url.host or "")
         host = self._hosts.setdefault(name, Host(name))
         if host.slots is None:
-            host.slots = asyncio.Semaphore(self.policy.per_host)
+            host.slots = Slots(self.policy.per_host)
         now_s = asyncio.get_running_loop().time
         interval_s = 1 / self.policy.host_rate if self.policy.host_rate else 0.0
         async with host.slots:
@@ -695,6 +699,8 @@ class _Run:
                     try:
                         yield began_s
                     except _Failure as failure:
+                        if failure.http_status in _OVERRUN:
+                            host.slots.halve(began_s=began_s, now_s=now_s())
                         if failure.pause_s:
                             failure.at = url
                             pause_s = min(failure.pause_s, self.policy.longest_pause_s)
@@ -856,7 +862,7 @@ class _Run:
         status = response.status
         if status != 200:
             now = datetime.fromtimestamp(self.clock(), timezone.utc)
-            pause_s = retry_after_s(response.headers, now=now) if status in (429, 503) else 0.0
+            pause_s = retry_after_s(response.headers, now=now) if status in _OVERRUN else 0.0
             raise _Failure(_status_reason(status), http_status=status, pause_s=pause_s)
         policy = self.policy
         if not robots and policy.x_robots_tag == "obey":

@@ -55,6 +55,45 @@ class HostUrls(Sequence[str]):
         return url
 
 
+class Slots:
+    """How many requests to a host may run at a time: fewer where it says that it is overrun."""
+
+    def __init__(self, most: int) -> None:
+        """Starts with the most that there may be."""
+        self.number = self._most = most
+        self._owed = 0
+        """Slots to keep from those that end: as many as run beyond the number."""
+        self._free = asyncio.Semaphore(most)
+        self._halved_at_s = float("-inf")
+
+    async def __aenter__(self) -> None:
+        await self._free.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._owed:
+            self._owed -= 1
+        else:
+            self._free.release()
+
+    def halve(self, *, began_s: float, now_s: float) -> None:
+        """Halves the number, once for requests that have run at the same time."""
+        if began_s <= self._halved_at_s:
+            return
+        self._halved_at_s = now_s
+        fewer = self.number // 2
+        self.number, self._owed = self.number - fewer, self._owed + fewer
+
+    def add_one(self) -> None:
+        """Lets one more run, up to the most."""
+        if self.number == self._most:
+            return
+        self.number += 1
+        if self._owed:
+            self._owed -= 1
+        else:
+            self._free.release()
+
+
 @dataclass(slots=True)
 class Host:
     """The URLs of one host that wait, and how the host behaves."""
@@ -75,7 +114,7 @@ class Host:
     """URLs that were requested although it has failed too often; anew after many answers."""
     trial_at_s: float = 0.0
     """When the next of them may be requested; 0.0 where the host has not failed so often."""
-    slots: asyncio.Semaphore | None = field(default=None, compare=False)
+    slots: Slots | None = field(default=None, compare=False)
     """Requests that may run at a time."""
 
     def pause(self, pause_s: float, *, now_s: float) -> None:

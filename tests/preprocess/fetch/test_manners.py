@@ -307,6 +307,26 @@ def test_a_host_that_stays_down_is_left_and_asked_at_once_by_the_next_run(site):
     assert log[0].at_s - began_s < 0.5
 
 
+def most_at_a_time(log):
+    return max(sum(other.at_s <= line.at_s < other.until_s for other in log) for line in log)
+
+
+def test_a_host_that_is_overrun_gets_half_as_many_requests_at_a_time(site):
+    site.server.now_s = 1000.0
+    urls = [site.server.url(f"/crowded/3/{i}", host=SLOW) for i in range(60)]
+    settings = {"per_host": 8, "host_rate": 0.0, "attempts": 6, "robots_txt": "ignore"}
+    found, log = site.fetch(*urls, **settings)
+    assert set(found.values()) == {"ok"}
+    refused = [line for line in log if line.until_s - line.at_s < 1.0]
+    assert len(refused) <= 8 + 4  # at first, and when it gets one more
+    assert most_at_a_time(log) <= 4
+    once = site.server.url("/flaky/503/1/a.png", host=PLAIN)
+    urls = [site.server.url(f"/slowly/{i}.png", host=PLAIN) for i in range(120)]
+    found, log = site.fetch(once, *urls, host_failures=10, **{**settings, "per_host": 4})
+    assert set(found.values()) == {"ok"}
+    assert most_at_a_time(log[-20:]) == 4
+
+
 def test_a_pause_is_held_no_longer_than_was_set(site):
     busy = site.server.url("/flaky/429/1/a?after=3600", host=LIMITED)
     settings = {"robots_txt": "ignore", "longest_pause_s": 600.0}

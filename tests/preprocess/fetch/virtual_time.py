@@ -153,6 +153,14 @@ class VirtualServer(FaultyServer):
         await asyncio.sleep(3)
         return await self._ok(request)
 
+    async def _crowded(self, request: web.Request) -> web.StreamResponse:
+        """/crowded/NUM/any: an image after 3 s, or 503 while NUM others are under way."""
+        host, most = request.host.partition(":")[0], int(request.path.split("/")[2])
+        running = [line for line in self.log if line.host == host and not line.until_s]
+        if len(running) > most:
+            return web.Response(status=503)
+        return await self._slowly(request)
+
     async def _trickle(self, request: web.Request) -> web.StreamResponse:
         """A byte now and then, without end."""
         response = web.StreamResponse()
