@@ -123,7 +123,7 @@ class _Marked(Mapping[str, FetchResult]):
 def _counts(contents: np.ndarray, *, at_least: int) -> dict[bytes, int]:
     """Counts how often a content is in a sorted list, of those that are there that often."""
     last = at_least - 1
-    found = contents[: len(contents) - last]
+    found = contents[: max(0, len(contents) - last)]
     found = np.unique(found[found == contents[last:]])
     first, stop = (contents.searchsorted(found, side) for side in _SIDES)
     # As an item, an array gives its bytes without zeros at the end.

@@ -163,6 +163,16 @@ def test_contents_are_counted_as_by_hand(found, num_urls, ignored):
     assert (survey.num_shared, survey.num_sharing) == (len(shared), sum(shared))
 
 
+@pytest.mark.parametrize("number", range(13))
+def test_few_contents_are_no_placeholders(number):
+    """Also where they are more than half of what makes one, but not all."""
+    known = {
+        f"http://h/{i}": FetchResult(url=f"http://h/{i}", status="ok", sha256=f"{i:064x}"[::-1])
+        for i in range(number)
+    }
+    assert dict(survey_results(known, num_urls=10).results) == known
+
+
 @given(st.lists(st.integers(0, 2000)), st.sampled_from([8, 16, 32]))
 def test_hashes_are_numbered_as_they_come(found, num_bytes):
     table, want = HashTable(num_bytes), {}
