@@ -260,6 +260,8 @@ def _decode_simplejpeg(
         pixels: np.ndarray = library.decode_jpeg(
             payload, colorspace="RGB", strict=True, buffer=buffer, **least
         )
+    except KeyError as error:  # 4:4:1, which only Pillow can read
+        _refuse("jpeg", f"chroma of layout {error}", where)
     except ValueError as error:
         _refuse("jpeg", str(error), where)
     if out is not None and buffer is None:

@@ -738,7 +738,7 @@ def _is_sound_jpeg(payload: bytes, size: tuple[int, int]) -> bool:
             return False
         least = {"min_height": -(-height // 8), "min_width": -(-width // 8)}
         simplejpeg.decode_jpeg(payload, colorspace="GRAY", strict=True, **least)
-    except ValueError:
+    except (ValueError, KeyError):
         return False
     return True
 

@@ -590,6 +590,19 @@ def test_file_that_is_kept_for_storing_is_checked_as_if_it_were_decoded(name, pa
     assert refused > 10
 
 
+@pytest.mark.parametrize(("factors", "size"), [(0x41, (320, 8)), (0x14, (80, 32))])
+def test_chroma_of_a_quarter_in_one_direction_is_read_as_by_pillow(factors, size):
+    """4:1:1 and 4:4:1: of each 4:2:0 block of 16 x 16 pixels, one of 32 x 8 or 8 x 32 is made."""
+    payload = bytearray(saved(scene(16, 160), "JPEG", subsampling=2))
+    frame = payload.find(b"\xff\xc0")
+    payload[frame + 5 : frame + 9] = struct.pack(">2H", *size[::-1])
+    payload[frame + 11] = factors
+    for for_storing in (True, False):
+        image = LARGE(bytes(payload), for_storing=for_storing)
+        want = np.asarray(Image.open(io.BytesIO(payload)))
+        same(decode_stored(image.kept, codec="jpeg") if image.kept else image.pixels, want)
+
+
 def test_image_whose_pixels_are_stored_has_them_for_storing():
     for payload in (saved(scene(), "JPEG", progressive=True), saved(scene(), "PNG")):
         same(LARGE(payload, for_storing=True).pixels, LARGE(payload).pixels)
