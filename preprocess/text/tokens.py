@@ -25,6 +25,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -190,7 +191,8 @@ class Tokenizer:
         self._remembered.clear()
         for text in texts:
             if _SHORT_CHARS < len(text) <= _LONG_CHARS:
-                self._remembered[text] = self.encode(text)
+                with suppress(Exception):  # of a text without ids, `encode` tells whoever asks
+                    self._remembered[text] = self.encode(text)
             if len(self._remembered) >= _REMEMBERED_LONG_TEXTS:
                 break
 

@@ -11,7 +11,7 @@ from preprocess.job import build
 from preprocess.job.build import BuildContext, sample_size, scratch_folder, variant_bytes
 from preprocess.recipe import Preparer, Recipe
 from preprocess.text import TextPolicy
-from preprocess.text.tokens import load_tokenizer
+from preprocess.text.tokens import Tokenizer, load_tokenizer
 from shardspec.errors import StorageError
 from shardspec.manifest import canonical_json
 from shardspec.sample import spans_table
@@ -45,15 +45,26 @@ def test_measured_sample_counts_the_variants_of_the_recipe(tmp_path, num_variant
     assert size.variant_bytes < 4 * size.num_tokens
 
 
+encode = Tokenizer.encode
+
+
+def encode_or_fail(tokenizer, text):
+    """Encodes as tokenizers without a token for what is unknown: some texts end in an error."""
+    if "no token" in text:
+        raise Exception("Missing [UNK] token")  # noqa: TRY002 - theirs
+    return encode(tokenizer, text)
+
+
 def built(folder, monkeypatch, *, block):
     """Builds a shard of images and texts, some of which are refused early or late."""
     monkeypatch.setattr(build, "_BLOCK_ROWS", block)
+    monkeypatch.setattr(Tokenizer, "encode", encode_or_fail)
     preparer = Preparer(recipe=Recipe(), tokenizer=load_tokenizer())
     context = BuildContext(
         preparer=preparer, dataset="d", split="train", out=str(folder), num_shards=1,
         build_key="b", blobs=str(folder / "blobs"), scratch=str(folder / "scratch"),
     )  # fmt: skip
-    texts = ["a ball", "<|endoftext|>", "two balls", " ", "three balls"]
+    texts = ["a ball", "<|endoftext|>", "two balls", " ", "three balls", "no token " * 40, "four"]
     lines = [
         canonical_json(
             {
@@ -76,7 +87,8 @@ def built(folder, monkeypatch, *, block):
 
 def test_rows_are_the_same_however_many_are_opened_at_a_time(tmp_path, monkeypatch):
     alone = built(tmp_path / "alone", monkeypatch, block=1)
-    assert [reason for reason in alone[-1] if reason] == ["control_token", "message_fields"]
+    reasons = ["control_token", "message_fields", "row_error"]
+    assert [reason for reason in alone[-1] if reason] == reasons
     for block in (2, 3, 5, 64):
         assert built(tmp_path / str(block), monkeypatch, block=block) == alone
 
