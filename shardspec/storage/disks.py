@@ -37,6 +37,8 @@ UNFIT = (errno.ENOSYS, errno.EOPNOTSUPP)
 _LACKS = (errno.EPERM, *UNFIT)
 """Of links and renames: the kernel says for some file systems that they are not permitted."""
 _GONE = (errno.ENOENT, errno.ESTALE)
+_LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+"""Of a name in a listing: it is gone, or a symbolic link to what is not there."""
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, *UNFIT)
 
 _SETTLE_S = 1.0
@@ -290,10 +292,14 @@ def files_below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
     for folder, _, names in os.walk(root, onerror=passes):
         for name in names:
             path = Path(folder, name)
-            with suppress(FileNotFoundError):
+            try:
                 found = path.stat()
-                if stat.S_ISREG(found.st_mode):
-                    yield path.relative_to(root).as_posix(), found
+            except OSError as error:
+                if error.errno not in _LEADS_NOWHERE:
+                    raise
+                continue
+            if stat.S_ISREG(found.st_mode):
+                yield path.relative_to(root).as_posix(), found
 
 
 def make_folder(path: Path) -> None:

@@ -281,3 +281,11 @@ def test_a_lock_that_fails_for_another_reason_is_an_error(tmp_path, monkeypatch)
     with pytest.raises(StorageError):
         storage.compare_and_swap(url, b"1", replacing=storage.version(url))
     assert os.listdir(tmp_path) == ["lease"]
+
+
+def test_links_that_lead_nowhere_are_no_files(tmp_path):
+    """One to itself, to what is missing, and to what a file would have to be a folder for."""
+    (tmp_path / "real").write_bytes(b"1")
+    for name, target in (("loop", "loop"), ("lost", "gone"), ("through", "real/below")):
+        (tmp_path / name).symlink_to(target)
+    assert [each.name for each in storage.list_objects(str(tmp_path))] == ["real"]
