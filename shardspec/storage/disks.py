@@ -84,6 +84,15 @@ def prove(folder: Path, *, machines: bool, rewrites: bool) -> None:
       OSError: The disk is full, read only or broken.
     """
     make_folder(folder)
+    for _ in range(_FOLDER_TRIES - 1):
+        # A job that ends removes all unfinished files of an output.
+        with suppress(FileNotFoundError):
+            _prove(folder, machines=machines, rewrites=rewrites)
+            return
+    _prove(folder, machines=machines, rewrites=rewrites)
+
+
+def _prove(folder: Path, *, machines: bool, rewrites: bool) -> None:
     first, second = (_temporary(folder / "proof") for _ in range(2))
     try:
         with _refusing("disk_unfit.rewrite", folder):

@@ -283,6 +283,21 @@ def test_a_lock_that_fails_for_another_reason_is_an_error(tmp_path, monkeypatch)
     assert os.listdir(tmp_path) == ["lease"]
 
 
+def test_proofs_may_be_removed_by_a_job_that_ends(tmp_path, monkeypatch):
+    really, seen = os.replace, []
+
+    def replace(source, target):
+        seen.append(source)
+        if len(seen) == 1:
+            storage.delete_temporaries(str(tmp_path))
+        really(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    storage.prove_folder(str(tmp_path), machines=True, rewrites=True)
+    assert len(seen) == 2
+    assert not os.listdir(tmp_path)
+
+
 def test_links_that_lead_nowhere_are_no_files(tmp_path):
     """One to itself, to what is missing, and to what a file would have to be a folder for."""
     (tmp_path / "real").write_bytes(b"1")
