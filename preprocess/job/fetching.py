@@ -270,11 +270,13 @@ def _copy_images(job: Job, ledger: Ledger, urls: UrlSpool) -> None:
     """Takes over the images that other datasets have; their failures may not be this one's."""
     for path in job.foreign_ledger_paths():
         num_lacking = sum(1 for _ in _lacking(ledger, urls))
-        if path.stat().st_size > num_lacking * READ_BYTES_PER_URL:
-            continue
         known: Mapping[str, FetchResult] = {}
-        with suppress(StorageError):  # a damaged one is told to who needs it
-            known = read_ledger(path)
+        # A damaged one is an error for its own dataset; another user's may not be readable.
+        with suppress(StorageError, OSError):
+            if path.stat().st_size <= num_lacking * READ_BYTES_PER_URL:
+                known = read_ledger(path)
+        if not known:
+            continue
         for url in _lacking(ledger, urls):
             result = known.get(url)
             if result is not None and result.status == "ok" and _is_usable(job, result):

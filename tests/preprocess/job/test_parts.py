@@ -590,6 +590,10 @@ def test_images_that_another_dataset_has_are_not_requested(tmp_path, urls):
     one = run_job(url_job(tmp_path, source), Quiet()).result.sha256
     ledgers = tmp_path / "cache" / "ledgers"
     (ledgers / "pixmo_cap.jsonl").rename(ledgers / "another.jsonl")
+    # Of others, what this job cannot read does not concern it.
+    (ledgers / "a.jsonl").symlink_to("removed")
+    (ledgers / "b.jsonl").mkdir()
+    (ledgers / "c.jsonl").write_bytes(b"damaged\n")
     requests.clear()
     again = url_job(tmp_path, source, out=str(tmp_path / "again"))
     assert run_job(again, Quiet()).result.sha256 == one
