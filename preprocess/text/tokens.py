@@ -25,7 +25,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -191,8 +190,12 @@ class Tokenizer:
         self._remembered.clear()
         for text in texts:
             if _SHORT_CHARS < len(text) <= _LONG_CHARS:
-                with suppress(Exception):  # of a text without ids, `encode` tells whoever asks
+                try:
                     self._remembered[text] = self.encode(text)
+                except MemoryError:
+                    raise
+                except Exception:  # noqa: BLE001 - raised again where the text's row is finished
+                    continue
             if len(self._remembered) >= _REMEMBERED_LONG_TEXTS:
                 break
 
