@@ -2,6 +2,7 @@
 
 <root>/packs, damaged         contents by their sha256 (`preprocess.fetch.packs`)
 <root>/blobs/ab/abcdef...     one file per content, of older releases; only read
+<root>/results                how downloads ended, of a store (`preprocess.job.shared_results`)
 <root>/tokens                 marks, by which machines tell that they see the same root
 """
 
@@ -40,6 +41,8 @@ class BlobCache:
         if not storage.is_local(self.url):
             key = hashlib.sha256(storage.absolute_url(self.url).encode()).hexdigest()[:16]
             local = local / "stores" / key
+        self.local = local
+        """Folder on this machine's disk, of this root alone."""
         self._packs = PackStore(self.url, local=local, pack_bytes=pack_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -246,6 +246,26 @@ class Ledger:
         """Returns the last result of a URL, or None."""
         return self.results.get(url)
 
+    @property
+    def num_bytes(self) -> int:
+        """Length of the lines so far."""
+        return os.fstat(self._fd).st_size
+
+    def is_border(self, place: int) -> bool:
+        """Returns True if a line begins at a place, or the last one ends."""
+        return place == 0 or (place > 0 and os.pread(self._fd, 1, place - 1) == b"\n")
+
+    def read(self, place: int) -> Iterator[FetchResult]:
+        """Reads the results of all lines from a place on, which is a border.
+
+        Raises:
+          StorageError: `ledger_corrupt`: another process has written into it.
+        """
+        try:
+            yield from map(decode_result, read_lines(self._fd, place))
+        except ValueError as error:
+            raise StorageError("ledger_corrupt", where=str(self.path), error=error) from error
+
     def append(self, result: FetchResult) -> None:
         """Records a result; it survives the death of the process from here on.
 

@@ -168,9 +168,9 @@ def write_all(descriptor: int, payload: bytes | bytearray) -> None:
         left = left[os.write(descriptor, left) :]
 
 
-def read_lines(descriptor: int) -> Iterator[bytes]:
+def read_lines(descriptor: int, place: int = 0) -> Iterator[bytes]:
     """Reads the lines of an open file, with their ends; moves nobody's place in it."""
-    place, rest = 0, b""
+    rest = b""
     while block := os.pread(descriptor, _READ_BYTES, place):
         place += len(block)
         *lines, rest = (rest + block).split(b"\n")

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urljoin
 
@@ -36,6 +37,7 @@ from preprocess.job.engines.engine import Engine, node_proof
 from preprocess.job.engines.local import TaskDone, TaskProgress
 from preprocess.job.job import NODES_FOLDER, Job, Reporter, local_cache
 from preprocess.job.plan import Part
+from preprocess.job.shared_results import SharedResults
 from preprocess.media import ImageLimits
 from shardspec.errors import StorageError
 
@@ -131,12 +133,17 @@ def fetch_images(
     )
     report.stage("fetch", len(urls))
     with Ledger(job.ledger_path()) as ledger:
-        _copy_known(job, ledger, urls)
-        _copy_images(job, ledger, urls)
+        shared = SharedResults(job, ledger)
+        _copy_known(job, ledger, urls, shared)
+        _copy_images(job, ledger, urls, shared)
+        shared.note_copied()
         if engine is None or engine.is_local:
-            return context.fetch(urls, ledger, job.blobs, report.step)
-        _fetch_on_nodes(job, urls, ledger, context, report, engine, cache_token, mark)
-        return FetchResults(urls, ledger.results)
+            results = context.fetch(urls, ledger, job.blobs, report.step)
+        else:
+            _fetch_on_nodes(job, urls, ledger, context, report, engine, cache_token, mark)
+            results = FetchResults(urls, ledger.results)
+        shared.publish()  # after the images, which others look for then
+        return results
 
 
 def _fetch_on_nodes(
@@ -252,10 +259,11 @@ def _learn(ledger: Ledger, payload: bytes) -> None:
             ledger.append(result)
 
 
-def _copy_known(job: Job, ledger: Ledger, urls: UrlSpool) -> None:
-    """Copies what runs in another number of parts know of some URLs, so that none is fetched twice.
+def _copy_known(job: Job, ledger: Ledger, urls: UrlSpool, shared: SharedResults) -> None:
+    """Copies what other runs of the dataset know of some URLs, so that none is fetched twice.
 
-    Only URLs that the ledger lacks: this is done when a part is first run.
+    Only URLs that the ledger lacks: this is done when a part, or a machine, first runs. Runs are
+    those in another number of parts, and those of other machines.
     """
     if next(_lacking(ledger, urls), None) is None:
         return
@@ -264,23 +272,43 @@ def _copy_known(job: Job, ledger: Ledger, urls: UrlSpool) -> None:
         for url in _lacking(ledger, urls):
             if (result := known.get(url)) is not None:
                 ledger.append(result)
+    for each in shared.of_dataset():
+        if next(_lacking(ledger, urls), None) is None:
+            return
+        found = shared.read(each)
+        for url in _lacking(ledger, urls):
+            result = found.get(url)
+            # Where the image of the latest is gone, an earlier one may be there.
+            if result is not None and (result.status != "ok" or _has_image(job, result)):
+                ledger.append(result)
 
 
-def _copy_images(job: Job, ledger: Ledger, urls: UrlSpool) -> None:
+def _copy_images(job: Job, ledger: Ledger, urls: UrlSpool, shared: SharedResults) -> None:
     """Takes over the images that other datasets have; their failures may not be this one's."""
-    for path in job.foreign_ledger_paths():
-        num_lacking = sum(1 for _ in _lacking(ledger, urls))
+    num_lacking = sum(1 for _ in _lacking(ledger, urls))
+    if not num_lacking:
+        return
+
+    def sources() -> Iterator[tuple[int, Callable[[], Mapping[str, FetchResult]]]]:
+        for path in job.foreign_ledger_paths():
+            with suppress(OSError):
+                yield path.stat().st_size, partial(read_ledger, path)
+        for each in shared.of_others():
+            yield each.num_bytes, partial(shared.read, each)
+
+    for num_bytes, read in sources():
         known: Mapping[str, FetchResult] = {}
         # A damaged one is an error for its own dataset; another user's may not be readable.
         with suppress(StorageError, OSError):
-            if path.stat().st_size <= num_lacking * READ_BYTES_PER_URL:
-                known = read_ledger(path)
+            if num_bytes <= num_lacking * READ_BYTES_PER_URL:
+                known = read()
         if not known:
             continue
         for url in _lacking(ledger, urls):
             result = known.get(url)
             if result is not None and result.status == "ok" and _is_usable(job, result):
                 ledger.append(result)
+                num_lacking -= 1
 
 
 def _lacking(ledger: Ledger, urls: UrlSpool) -> Iterator[str]:
@@ -298,3 +326,7 @@ def _is_usable(job: Job, known: FetchResult) -> bool:
         body = job.blobs.get(known.sha256)
         return not image_fault(body, limits=job.settings.recipe.image.limits)
     return False
+
+
+def _has_image(job: Job, known: FetchResult) -> bool:
+    return known.sha256 is not None and job.blobs.has(known.sha256)

@@ -44,7 +44,7 @@ from preprocess.job.lease import (
     require_no_parts,
 )
 from preprocess.job.plan import OwnDisk, Part
-from preprocess.recipe import file_sha256
+from preprocess.job.shared_results import publish_lines
 from shardspec import storage
 from shardspec.documents import read_json
 from shardspec.errors import ConflictError, ShardsError, StorageError
@@ -163,17 +163,12 @@ class HeldPart:
           scratch: Local folder for unfinished files.
         """
         part = self.me.part
-        with scratch_folder(scratch) as folder:
-            path = folder / "fetched"
-            with (
-                storage.translate_errors(str(path)),
-                path.open("wb") as raw,
-                gzip.GzipFile("", "wb", 3, raw, mtime=0) as stream,
-            ):
-                stream.writelines(map(encode_result, results.values()))
-            digest = file_sha256(path)[:16]
-            name = f"fetched-{part.index:05d}-of-{part.count:05d}-{digest}.jsonl.gz"
-            storage.publish_file(storage.join(self.folder, name), path)
+        name = publish_lines(
+            self.folder,
+            map(encode_result, results.values()),
+            name=lambda digest: f"fetched-{part.index:05d}-of-{part.count:05d}-{digest}.jsonl.gz",
+            scratch=scratch,
+        )
         older = [n for n in self._fetched_names() if n[:22] == name[:22] and n != name]
         storage.delete_objects(self.folder, older)
 

@@ -33,6 +33,7 @@ FOREIGN = [
     "images/pixmo_cap-train-00000-of-00003.jpg",
     "receipts/summary.json",
     "plan/other.txt",
+    "results/pixmo_cap.1700000000.0123456789abcdef.jsonl.gz",
     ".hidden",
 ]
 

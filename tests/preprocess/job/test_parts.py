@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -632,7 +632,7 @@ def test_a_part_that_does_not_see_the_image_cache_is_refused(tmp_path, urls):
 @pytest.mark.slow
 def test_images_may_be_in_a_store_that_all_parts_see(tmp_path, urls, s3_server, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # has the ledger of a cache in a store
-    source, _ = urls
+    source, requests = urls
     one = run_job(url_job(tmp_path, source, out=str(tmp_path / "one")), Quiet()).result.sha256
     with s3_server.entered():
         cache = f"{s3_server.bucket}/{tmp_path.name}/cache"
@@ -640,6 +640,32 @@ def test_images_may_be_in_a_store_that_all_parts_see(tmp_path, urls, s3_server, 
         assert run(chosen).result.sha256 == one
         assert len([name for name in names(cache) if name.startswith("packs/")]) == 2 * 22
         assert not [name for name in names(cache) if name.startswith("tokens/")]
+
+        requests.clear()  # other machines request nothing, in any number of parts
+        for home, parts in (("two", ["0/2", "1/2", "0/2"]), ("three", [None])):
+            monkeypatch.setenv("HOME", str(tmp_path / home))
+            for part in parts:
+                again = url_job(tmp_path, source, part, out=str(tmp_path / home), cache=cache)
+                if part is None:
+                    assert run_job(again, Quiet()).result.sha256 == one
+                else:
+                    with suppress(StorageError):  # the first part misses what the second has
+                        done = run(again)
+            assert part is None or done.result.sha256 == one
+        assert requests == []
+        assert len([name for name in names(cache) if name.startswith("results/")]) == 1
+
+        requests[:] = []  # parts on machines of their own tell each other what they requested
+        cache = f"{cache}-2"
+        for home, part in (("four", "1/2"), ("five", "0/2"), ("four", "1/2"), ("six", None)):
+            monkeypatch.setenv("HOME", str(tmp_path / home))
+            out = str(tmp_path / ("four" if part else "six"))
+            again = url_job(tmp_path, source, part, out=out, cache=cache)
+            with suppress(StorageError):
+                done = run(again) if part else run_job(again, Quiet())
+        assert done.result.sha256 == one
+        assert max(Counter(url for _, url in requests).values()) == 1
+        assert len([name for name in names(cache) if name.startswith("results/")]) == 2
 
 
 def test_a_part_with_another_source_is_refused(tmp_path, urls):
