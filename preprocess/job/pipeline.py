@@ -122,8 +122,9 @@ def run_job(settings: JobSettings, report: Reporter) -> Outcome:
             _withdraw(job, board)
         promised = check_conflict(job)  # once more: another job may have ended in between
         result, built = _make(job, board, promised, check_held)
-    outcome = Outcome(result=result, built_shards=built, fresh=True, seconds=_since(started))
-    write_run(job, outcome)
+        outcome = Outcome(result=result, built_shards=built, fresh=True, seconds=_since(started))
+        write_run(job, outcome)
+        _tidy(job)
     return outcome
 
 
@@ -161,9 +162,9 @@ def commit_job(settings: JobSettings, report: Reporter) -> Outcome:
         check_bad_samples(job, plan, ordered)
         check_held()
         result = commit(job, plan, ordered)
+        outcome = Outcome(result=result, built_shards=0, fresh=True, seconds=_since(started))
+        write_run(job, outcome)
         _tidy(job)
-    outcome = Outcome(result=result, built_shards=0, fresh=True, seconds=_since(started))
-    write_run(job, outcome)
     return outcome
 
 
@@ -188,7 +189,6 @@ def _make(
     check_held()
     result = commit(job, plan, receipts)
     board.committed(result.sha256)
-    _tidy(job)
     return result, built
 
 

@@ -250,3 +250,23 @@ def test_a_disk_that_is_full_when_a_file_is_closed_is_named(tmp_path, monkeypatc
     with pytest.raises(StorageError) as caught:
         make_plan(Job(settings(tmp_path, seed=0)), Silent())
     assert caught.value.reason == "no_space"
+
+
+def test_unfinished_files_of_a_run_that_is_killed_at_its_very_end_are_removed(
+    tmp_path, monkeypatch
+):
+    chosen = settings(tmp_path, seed=1)
+    left = tmp_path / "out" / f".run.json.tmp-{0:032x}"
+
+    def dies(*_):
+        left.write_bytes(b"{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("preprocess.job.pipeline.write_run", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(chosen, Silent())
+    assert left.exists()
+    assert not run_job(chosen, Silent()).fresh
+    assert not left.exists()
+    assert not (tmp_path / "out" / "plan" / "train").exists()
