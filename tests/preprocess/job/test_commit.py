@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from preprocess.job import lease
 from preprocess.job.build import BuildContext, build_shard, find_receipts, publish_shard
 from preprocess.job.commit import commit
 from preprocess.job.job import Job, JobSettings
@@ -270,3 +271,17 @@ def test_unfinished_files_of_a_run_that_is_killed_at_its_very_end_are_removed(
     assert not run_job(chosen, Silent()).fresh
     assert not left.exists()
     assert not (tmp_path / "out" / "plan" / "train").exists()
+
+
+def test_the_lease_of_a_run_that_is_killed_before_it_removes_it_is_removed(tmp_path, monkeypatch):
+    chosen = settings(tmp_path, seed=1)
+    left = tmp_path / "out" / lease.LEASE_NAME
+    with monkeypatch.context() as patched:
+        # A process number that is another process's by now.
+        ended = {**lease._this_process(), "born": "0"}
+        patched.setattr(lease, "_this_process", lambda: ended)
+        patched.setattr(lease.Lease, "give_back", lease.Lease._stop_beating)
+        run_job(chosen, Silent())
+    assert left.exists()
+    assert not run_job(chosen, Silent()).fresh
+    assert not left.exists()
