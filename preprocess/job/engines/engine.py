@@ -185,7 +185,7 @@ class Engine:
         Args:
           tasks: Numbers of the tasks.
           work, context, given: As of `local.run`.
-          proof: What other machines prove; None where this is the only one.
+          proof: What other machines prove; None where this is the only one, or without tasks.
           num_gpus: Of a cluster, that a task has for itself.
 
         Raises:
@@ -196,9 +196,9 @@ class Engine:
         if self.is_local:
             workers = self._settings.num_workers
             return local.run(tasks, work=work, context=context, num_workers=workers, given=given)
-        assert proof is not None
         if not tasks:
             return iter(())
+        assert proof is not None
         proven = _Proven(work=work, proof=proof)
         return ray_cluster.run(
             self._cluster(), tasks, work=proven, context=context, given=given, num_gpus=num_gpus

@@ -132,6 +132,22 @@ def test_a_machine_proves_what_it_has_in_common_before_it_works(tmp_path):
     assert len(done) == 1
 
 
+def test_a_driver_that_died_before_the_commit_alone_is_started_again(monkeypatch, tmp_path):
+    built = JobSettings(
+        dataset="text_sft",
+        source="sample",
+        limit=4,
+        out=str(tmp_path / "out"),
+        cache=str(tmp_path / "cache"),
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "commit", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_job(built, Quiet())
+    # Nothing is left to build, so no cluster is needed.
+    assert run_job(replace(built, engine="ray", ray_address="nowhere:1"), Quiet()).fresh
+
+
 def test_two_attempts_at_a_shard_are_one(tmp_path):
     job = Job(settings(tmp_path, num_shards=1, limit=2))
     context = pipeline.build_context(job, pipeline.make_plan(job, Quiet()))
