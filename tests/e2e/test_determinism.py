@@ -318,7 +318,7 @@ def test_interrupted_removal_of_a_plan_leaves_no_plan_without_rows(tmp_path, mon
     (tmp_path / "out" / "plan" / "train.json").write_bytes(canonical_json(job.identity))
     assert load_plan(job) == Plan(**plan)
 
-    def killed(path):
+    def killed(path, **_):
         (folder / "rows-00000.jsonl").unlink()
         raise KeyboardInterrupt
 
