@@ -109,7 +109,6 @@ JOB_NEEDS = (
         text="only with --robots-txt obey",
         holds=lambda s: s.robots_txt == "obey",
     ),
-    Need(flags=("backoff",), text="only with --attempts 2 or more", holds=lambda s: s.attempts > 1),
     Need(
         flags=("failures_expire",),
         text="only with --retry transient",

@@ -32,7 +32,6 @@ RESHARD_ALWAYS = {
 }
 """The same of `make reshard`, `merge`, `split` and `filter`."""
 JOB = {
-    "backoff": ("2", "--attempts=1", ""),
     "breaker_hosts": ("3", "--breaker-success=0", ""),
     "breaker_window": ("30", "--breaker-success=0", ""),
     "chat_date": ("2024-01-02", "", "--message-format=template"),
@@ -67,8 +66,14 @@ RESHARD = {
     "workers": ("2", "--shards=4", ""),
 }
 REMOTE = {
-    **{"allow_hosts": "a", "attempts": "2", "compare": "content", "concurrency": "2"},
-    **{"connect_timeout": "2", "dns_cache": "2", "host_failures": "2", "host_rate": "2"},
+    **{"allow_hosts": "a", "attempts": "2", "backoff": "2", "compare": "content"},
+    **{
+        "concurrency": "2",
+        "connect_timeout": "2",
+        "dns_cache": "2",
+        "host_failures": "2",
+        "host_rate": "2",
+    },
     **{"breaker_success": "0.5", "keepalive": "3", "longest_pause": "2", "max_dead_links": "0.5"},
     **{"max_download": "2MiB", "max_pause": "2", "max_redirects": "2", "per_host": "2"},
     **{"read_timeout": "2", "retry": "all", "user_agent": "me", "wall_timeout": "2"},
