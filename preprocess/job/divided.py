@@ -19,7 +19,7 @@ from preprocess.job.board import Board
 from preprocess.job.build import valid_receipts
 from preprocess.job.engines.engine import node_libraries
 from preprocess.job.job import Reporter
-from preprocess.job.lease import output_lock
+from preprocess.job.lease import output_lock, tidy_up
 from preprocess.job.parts import PartOfJob, forget_parts, join_job, require_shared
 from preprocess.job.plan import OwnDisk, Part, shard_name
 from preprocess.job.planner import read_json
@@ -169,10 +169,7 @@ class DividedJob:
         """Removes what only an unfinished job needs, this one or an abandoned one."""
         storage.delete(scratch)
         if storage.is_local(self.out):
-            # Of parts not all of the output: others are renewing their leases.
-            folders = ("",) if self.part is None else (*self.names, "receipts")
-            for folder in folders:
-                storage.delete_temporaries(storage.join(self.out, folder) if folder else self.out)
+            storage.delete_temporaries(self.out)
         forget_parts(self.out, self.key)
         # Last: while there is a note, the next run of the same command tidies up.
         for url, note in read_notes(self.out).items():
@@ -181,14 +178,8 @@ class DividedJob:
 
     def tidy_finished(self, scratch: str) -> None:
         """Removes what a run has left that ended between its commit and its end."""
-        if not any(map(is_reshard, read_notes(self.out).values())):
-            return
-        try:
-            with output_lock(self.out):
-                self.tidy(scratch)
-        except StorageError as error:
-            if error.reason != "output_busy":
-                raise  # else a part is about to tidy up itself
+        is_left = any(map(is_reshard, read_notes(self.out).values()))
+        tidy_up(self.out, lambda: self.tidy(scratch), is_left=is_left)
 
 
 def read_notes(out: str) -> dict[str, dict[str, Any]]:

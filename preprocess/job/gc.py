@@ -47,7 +47,6 @@ _SHARD = re.compile(
 _RECEIPT = re.compile(r"receipts/(?P<name>[A-Za-z0-9_-]+-\d{5,}-of-\d{5,})\.json")
 _QUARANTINE = re.compile(r"quarantine/(?P<name>[A-Za-z0-9_-]+-\d{5,}-of-\d{5,})\.jsonl")
 _ROWS = re.compile(r"plan/(?P<split>[A-Za-z0-9_-]+)/(?:rows-\d{5,}\.jsonl|plan\.json)")
-_UNFINISHED = re.compile(r"(?:.*/)?\.[^/]+\.tmp-[0-9a-f]{32}")
 
 _READS_AT_ONCE = 16
 
@@ -166,7 +165,7 @@ def _planned(url: str, plans: Iterable[str], names: set[str]) -> list[ShardEntry
 def _is_stray(url: str, name: str, *, kept: _Kept, plans: list[str]) -> bool:
     if name == LEASE_NAME:
         return False
-    if _UNFINISHED.fullmatch(name) or name.startswith(f"{SCRATCH}/"):
+    if storage.is_temporary(posixpath.basename(name)) or name.startswith(f"{SCRATCH}/"):
         return _absolute(url, name) not in kept.files
     if _SHARD.fullmatch(name):
         where = _absolute(url, name)

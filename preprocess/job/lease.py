@@ -110,6 +110,29 @@ def output_lock(
                 found.give_back()
 
 
+def tidy_up(url: str, tidy: Callable[[], None], *, is_left: bool) -> None:
+    """Removes what a run has left in a complete output that ended between its commit and its end.
+
+    Args:
+      url: The output.
+      tidy: Removes it; called while the output is held.
+      is_left: Whether there is anything for certain, beside leases and unfinished files.
+    """
+    # Last a run removes its lease. That of another machine is not waited for: its job may be alive.
+    life = Watch().look(storage.join(url, LEASE_NAME))[0]
+    if life == "absent":
+        is_left = is_left or storage.has_temporaries(url)
+    if not is_left and life != "dead":
+        return
+    try:
+        with output_lock(url):
+            tidy()
+    except StorageError as error:
+        # A part is about to tidy up itself; or the output, which is complete, can only be read.
+        if error.reason not in ("output_busy", "permission"):
+            raise
+
+
 def _take_local(lease: Lease) -> Lease | None:
     """Takes the lease of a local output; None where the lock has to do.
 
@@ -249,7 +272,7 @@ class Lease:
     def give_back(self) -> None:
         """Removes the lease."""
         self._stop_beating()
-        with suppress(StorageError):  # otherwise it expires
+        with suppress(StorageError, FileNotFoundError):  # otherwise it expires, or is gone
             if not self._lost.is_set() and self._is_ours():
                 storage.delete_objects(self._output, [self._name])
 
@@ -257,7 +280,7 @@ class Lease:
         """Leaves the lease as a note of how its holder has ended; it holds nothing any more."""
         self._stop_beating()
         self._holder["ended"] = outcome
-        with suppress(StorageError):
+        with suppress(StorageError, FileNotFoundError):  # of the latter, all parts have ended
             if not self._lost.is_set():
                 self._replace()
 

@@ -310,9 +310,7 @@ def _all_receipts(job: Job, plan: Plan) -> list[Receipt] | int:
 def _tidy(job: Job, held: HeldPart) -> None:
     """Removes what only an unfinished job needs; other parts may be about to do the same."""
     if storage.is_local(job.settings.out):
-        # Not of the whole output: other parts are renewing their leases.
-        for folder in (job.settings.split, "receipts", "quarantine"):
-            storage.delete_temporaries(job.url(folder))
+        storage.delete_temporaries(job.settings.out)
     job.blobs.remove_tokens(job.key[:16])
     record = read_lease(job.url(LEASE_NAME))
     if record is not None and record.get("job") == held.me.job:

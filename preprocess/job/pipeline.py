@@ -48,7 +48,7 @@ from preprocess.job.events import EventLog
 from preprocess.job.generation import generation_of
 from preprocess.job.grown import find_growth, require_same_files
 from preprocess.job.job import Job, JobSettings, Reporter
-from preprocess.job.lease import LEASE_NAME, Watch, output_lock
+from preprocess.job.lease import output_lock, tidy_up
 from preprocess.job.parts import forget_parts
 from preprocess.job.plan import Part, shard_borders
 from preprocess.job.planner import Plan, drop_plan, load_plan, make_plan, plan_url, read_json
@@ -223,15 +223,7 @@ def cache_token(job: Job) -> str:
 def tidy_finished(job: Job) -> None:
     """Removes what a run has left that ended between its commit and its end."""
     is_left = storage.exists(job.url("plan", job.settings.split))
-    # Last a run removes its lease. That of another machine is not waited for: its job may be alive.
-    if not is_left and Watch().look(job.url(LEASE_NAME))[0] != "dead":
-        return
-    try:
-        with output_lock(job.settings.out):
-            _tidy(job)
-    except StorageError as error:
-        if error.reason != "output_busy":
-            raise  # else a part is about to tidy up itself
+    tidy_up(job.settings.out, lambda: _tidy(job), is_left=is_left)
 
 
 def _tidy(job: Job) -> None:

@@ -15,7 +15,7 @@ from shardspec.storage.copying import (
     object_version,
     whole_file,
 )
-from shardspec.storage.disks import make_folder, sync_folder
+from shardspec.storage.disks import is_temporary, make_folder, sync_folder
 from shardspec.storage.files import (
     SCHEMES,
     OpenUpload,
@@ -32,6 +32,7 @@ from shardspec.storage.files import (
     fetch_file,
     filesystem,
     free_bytes,
+    has_temporaries,
     is_local,
     is_own_disk,
     join,
@@ -76,9 +77,11 @@ __all__ = [
     "fetch_file",
     "filesystem",
     "free_bytes",
+    "has_temporaries",
     "is_local",
     "is_own_disk",
     "is_store",
+    "is_temporary",
     "join",
     "list_names",
     "list_objects",

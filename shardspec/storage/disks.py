@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import shutil
 import stat
 import threading
@@ -45,7 +46,9 @@ _SETTLE_S = 1.0
 """Without locks: from a replacement to the look at whether another writer has replaced it too."""
 
 _STALE_TRIES = 5
-"""Attempts at what another machine of a network disk keeps replacing."""
+"""Attempts at what another machine of a network disk keeps replacing, or removing."""
+
+_UNFINISHED = re.compile(r"\..+\.tmp-[0-9a-f]{32}", re.DOTALL)
 
 _FOLDER_TRIES = 5
 """Attempts at a folder below one that other processes remove while it is empty."""
@@ -84,12 +87,7 @@ def prove(folder: Path, *, machines: bool, rewrites: bool) -> None:
       OSError: The disk is full, read only or broken.
     """
     make_folder(folder)
-    for _ in range(_FOLDER_TRIES - 1):
-        # A job that ends removes all unfinished files of an output.
-        with suppress(FileNotFoundError):
-            _prove(folder, machines=machines, rewrites=rewrites)
-            return
-    _prove(folder, machines=machines, rewrites=rewrites)
+    again_if_removed(folder, lambda: _prove(folder, machines=machines, rewrites=rewrites))
 
 
 def _prove(folder: Path, *, machines: bool, rewrites: bool) -> None:
@@ -130,6 +128,17 @@ def _refusing(code: str, folder: Path) -> Iterator[None]:
         raise StorageError(code, where=str(folder), error=error) from error
 
 
+def write(path: Path, payload: bytes) -> None:
+    """Writes a small file, flushed; an old one is replaced."""
+
+    def attempt() -> None:
+        with replacing(path) as temporary:
+            write_synced(temporary, payload)
+
+    make_folder(path.parent)
+    again_if_removed(path.parent, attempt)
+
+
 def publish(path: Path, source: Path) -> None:
     """Moves a finished file to its name, flushed."""
     with replacing(path) as temporary:
@@ -168,6 +177,10 @@ def _version_of(descriptor: int) -> str:
 
 def replace(path: Path, payload: bytes, *, old: str) -> bool:
     """Replaces one version of a file; returns False where it was another, or none."""
+    return again_if_removed(path.parent, lambda: _replace(path, payload, old))
+
+
+def _replace(path: Path, payload: bytes, old: str) -> bool:
     try:
         descriptor = _open_to_lock(path)
     except FileNotFoundError:
@@ -214,6 +227,10 @@ def _lock(descriptor: int, path: Path) -> bool:
 def create(path: Path, payload: bytes) -> bool:
     """Makes a file where there is none; returns whether the file is that content now."""
     make_folder(path.parent)
+    return again_if_removed(path.parent, lambda: _create(path, payload))
+
+
+def _create(path: Path, payload: bytes) -> bool:
     temporary = _temporary(path)
     try:
         write_synced(temporary, payload)
@@ -266,7 +283,7 @@ def ask_server(folder: Path) -> None:
         try:
             mark = _temporary(each / "look")
             os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            mark.unlink()
+            mark.unlink(missing_ok=True)
         except FileNotFoundError:
             continue
         except OSError:  # read only, full: what is remembered has to do
@@ -285,13 +302,46 @@ def again_if_stale(action: Callable[[], _T]) -> _T:
     return action()
 
 
+def again_if_removed(folder: Path, action: Callable[[], _T]) -> _T:
+    """Does something again where another process has removed its unfinished file.
+
+    A job that ends removes those of an output, which killed writers have left. It cannot tell them
+    from those of living ones, such as the parts that renew their leases.
+    """
+    for _ in range(_STALE_TRIES - 1):
+        try:
+            return action()
+        except FileNotFoundError:
+            if not folder.is_dir():
+                raise
+    return action()
+
+
 def _temporary(path: Path) -> Path:
-    """Names an unfinished file, as `delete_temporaries` finds it."""
+    """Names an unfinished file, as `is_temporary` knows it."""
     return path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+
+
+def is_temporary(name: str) -> bool:
+    """Returns True for the name of a file that its writer has not finished, or never will."""
+    return _UNFINISHED.fullmatch(name) is not None
 
 
 def files_below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Lists the files of a folder at every depth: their names below it, and what they are."""
+    for path in paths_below(root):
+        try:
+            found = path.stat()
+        except OSError as error:
+            if error.errno not in _LEADS_NOWHERE:
+                raise
+            continue
+        if stat.S_ISREG(found.st_mode):
+            yield path.relative_to(root).as_posix(), found
+
+
+def paths_below(root: Path) -> Iterator[Path]:
+    """Lists all but the folders in a folder at every depth; some may be gone again."""
 
     # Files and folders may be renamed or removed meanwhile. Other errors are not an empty folder.
     def passes(error: OSError) -> None:
@@ -299,16 +349,7 @@ def files_below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
             raise error
 
     for folder, _, names in os.walk(root, onerror=passes):
-        for name in names:
-            path = Path(folder, name)
-            try:
-                found = path.stat()
-            except OSError as error:
-                if error.errno not in _LEADS_NOWHERE:
-                    raise
-                continue
-            if stat.S_ISREG(found.st_mode):
-                yield path.relative_to(root).as_posix(), found
+        yield from (Path(folder, name) for name in names)
 
 
 def make_folder(path: Path) -> None:

@@ -310,18 +310,30 @@ def delete_objects(url: str, names: Iterable[str]) -> None:
 
 
 def delete_temporaries(url: str) -> None:
-    """Removes the unfinished files of killed writers below a local directory."""
+    """Removes the unfinished files of killed writers below a local directory.
+
+    Small ones of living writers too: those write again.
+    """
     with translate_errors(url):
-        for path in local_path(url).rglob(".*.tmp-" + "[0-9a-f]" * 32):
-            path.unlink(missing_ok=True)
+        for path in disks.paths_below(local_path(url)):
+            if disks.is_temporary(path.name):
+                path.unlink(missing_ok=True)
+
+
+def has_temporaries(url: str) -> bool:
+    """Returns True if a local directory itself holds an unfinished file; False of a store."""
+    if not is_local(url):
+        return False
+    with translate_errors(url), suppress(FileNotFoundError):
+        return any(map(disks.is_temporary, os.listdir(local_path(url))))
+    return False
 
 
 def publish_bytes(url: str, payload: bytes) -> None:
     """Writes a small object atomically; an old one is replaced."""
     with translate_errors(url):
         if is_local(url):
-            with disks.replacing(local_path(url)) as temporary:
-                disks.write_synced(temporary, payload)
+            disks.write(local_path(url), payload)
             return
         fs, path = filesystem(url)
         with _naming_bucket(url):

@@ -166,7 +166,5 @@ def test_crashes_at_random_moments_change_no_byte(
         assert end.code == 0, end.log
     assert manifest_sha256(tmp_path / str(outputs)) == want
     left = {path.name for path in (tmp_path / str(outputs) / "out").iterdir()}
-    if num_parts > 1:  # others may be writing it while one tidies up: `gc` removes a dead one's
-        left = {name for name in left if not name.startswith("..lease.tmp-")}
     assert left <= {"manifest.json", "plan", "receipts", "run.json", "tokenizer", "train"}
     print(f"{kills} kills in {runs} runs, {outputs + 1} outputs: {dict(done)} {dict(reasons)}")

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from urllib.parse import urlsplit
 
 import pytest
@@ -291,6 +292,45 @@ def test_a_part_killed_after_its_commit_is_tidied_up_by_the_next(tmp_path, monke
     left = {path.name for path in out.iterdir()} - {"run.json"}
     assert left == {"manifest.json", "plan", "receipts", "tokenizer", "train"}
     assert [path.name for path in (out / "plan").iterdir()] == ["train.json"]
+
+
+UNFINISHED = [
+    f"{name}.tmp-{0:032x}"
+    for name in (".proof", ".look", "..lease", ".manifest.json", ".run.json", "train/.a.tar")
+]
+
+
+@pytest.mark.parametrize("part", [None, "0/1"])
+def test_what_killed_writers_have_left_is_removed_by_whoever_completes_or_comes_later(
+    part, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    make = partial(run_part if part else run_job, settings(tmp_path, part), Quiet())
+
+    def leave():
+        for name in UNFINISHED:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_bytes(b"half")
+
+    leave()
+    assert make().fresh
+    assert not [*out.rglob("*.tmp-*")]
+    leave()
+    lease_of_another = out / LEASE_NAME
+    lease_of_another.write_text(json.dumps({"job": "another", "host": "elsewhere", "pid": 1}))
+    assert not make().fresh, "it may be alive, so it is neither waited for nor disturbed"
+    assert len([*out.rglob("*.tmp-*")]) == len(UNFINISHED)
+    lease_of_another.unlink()
+    with monkeypatch.context() as patched:
+
+        def refuse(url):
+            raise StorageError("permission.file", where=url, error="read only")
+
+        patched.setattr(storage, "delete_temporaries", refuse)
+        assert not make().fresh, "what can only be read is complete as well"
+    assert not make().fresh
+    assert not [*out.rglob("*.tmp-*")]
+    assert not lease_of_another.exists()
 
 
 def test_an_output_that_other_machines_do_not_see_is_refused(tmp_path, monkeypatch):

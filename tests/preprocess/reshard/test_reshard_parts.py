@@ -90,8 +90,10 @@ def test_the_last_of_the_parts_completes_the_bytes_of_one_process(
     assert ended[-1].fresh
     assert ended[-1].copied_shards == num_shards - sum(own)
     assert files(out) == whole(**more)
+    (out / f".proof.tmp-{0:032x}").touch()  # of a part that was killed when the others had ended
     again = run(settings(source, out, f"0/{len(order)}", **more))
     assert (again.fresh, again.sha256) == (False, ended[-1].sha256)
+    assert files(out) == whole(**more)
 
 
 def test_a_part_that_never_began_is_named_and_can_be_done_by_whoever_comes(source, tmp_path, whole):

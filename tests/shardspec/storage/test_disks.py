@@ -283,19 +283,79 @@ def test_a_lock_that_fails_for_another_reason_is_an_error(tmp_path, monkeypatch)
     assert os.listdir(tmp_path) == ["lease"]
 
 
-def test_proofs_may_be_removed_by_a_job_that_ends(tmp_path, monkeypatch):
-    really, seen = os.replace, []
+SMALL_WRITES = {
+    "prove_folder": lambda url: storage.prove_folder(
+        os.path.dirname(url), machines=True, rewrites=True
+    ),
+    "publish_bytes": lambda url: storage.publish_bytes(url, b"new"),
+    "compare_and_swap": lambda url: storage.compare_and_swap(
+        url, b"new", replacing=storage.version(url)
+    ),
+}
 
-    def replace(source, target):
-        seen.append(source)
-        if len(seen) == 1:
-            storage.delete_temporaries(str(tmp_path))
-        really(source, target)
 
-    monkeypatch.setattr(os, "replace", replace)
-    storage.prove_folder(str(tmp_path), machines=True, rewrites=True)
-    assert len(seen) == 2
-    assert not os.listdir(tmp_path)
+@pytest.mark.parametrize("old", [None, b"old"])
+@pytest.mark.parametrize("name", SMALL_WRITES)
+def test_small_files_may_be_removed_unfinished_by_a_job_that_ends(name, old, tmp_path, monkeypatch):
+    url, seen = str(tmp_path / "file"), []
+
+    def tidied(function, at):
+        def call(*args):
+            seen.append(function.__name__)
+            if len(seen) == at:
+                storage.delete_temporaries(str(tmp_path))
+            return function(*args)
+
+        return call
+
+    for at in range(1, 20):
+        seen.clear()
+        (tmp_path / "file").unlink(missing_ok=True)
+        if old is not None:
+            (tmp_path / "file").write_bytes(old)
+        with monkeypatch.context() as patched:
+            for module, function in ((os, "replace"), (os, "link"), (disks, "sync_folder")):
+                patched.setattr(module, function, tidied(getattr(module, function), at))
+            assert SMALL_WRITES[name](url) in (None, True)
+        if name == "prove_folder":
+            assert os.listdir(tmp_path) == ["file"] * (old is not None)
+        else:
+            assert (tmp_path / "file").read_bytes() == b"new"
+            assert os.listdir(tmp_path) == ["file"]
+        if len(seen) < at:
+            break
+    assert at > 2, "the removal came at every moment"
+
+
+def test_a_write_into_a_folder_that_is_removed_does_not_make_it_again(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    def write_synced(path, payload):
+        shutil.rmtree(folder)
+        path.write_bytes(payload)
+
+    monkeypatch.setattr(disks, "write_synced", write_synced)
+    with pytest.raises(FileNotFoundError):
+        storage.publish_bytes(str(folder / "file"), b"new")
+    assert not folder.exists()
+
+
+def test_unfinished_files_are_known_by_their_names(tmp_path):
+    left = [f".a.tmp-{0:032x}", f"..lease.tmp-{1:032x}", f".two\nlines.tmp-{2:032x}"]
+    kept = ["a", f"a.tmp-{0:032x}", f".a.tmp-{0:031x}", f".a.tmp-{0:032x}.tar", ".tmp"]
+    for name in (*left, *kept):
+        assert storage.is_temporary(name) == (name in left)
+        for folder in (tmp_path, tmp_path / "deep" / "down"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    assert storage.has_temporaries(str(tmp_path))
+    storage.delete_temporaries(str(tmp_path))
+    assert not storage.has_temporaries(str(tmp_path))
+    assert not storage.has_temporaries(str(tmp_path / "missing"))
+    assert not storage.has_temporaries("memory://bucket/out")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "deep"])
+    assert sorted(os.listdir(tmp_path / "deep" / "down")) == sorted(kept)
 
 
 def test_links_that_lead_nowhere_are_no_files(tmp_path):
