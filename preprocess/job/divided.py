@@ -128,7 +128,8 @@ class DividedJob:
 
     def has_ended(self, error: StorageError) -> bool:
         """Whether a part was stopped because another may have completed the dataset meanwhile."""
-        return self.part is not None and error.reason in ("lease_lost", "output_removed")
+        gone = ("lease_lost", "output_removed", "output_busy")
+        return self.part is not None and error.reason in gone
 
     def note_url(self, split: str) -> str:
         """Where the output says what is under way."""
@@ -170,11 +171,15 @@ class DividedJob:
         storage.delete(scratch)
         if storage.is_local(self.out):
             storage.delete_temporaries(self.out)
-        forget_parts(self.out, self.key)
+        self.forget_parts()
         # Last: while there is a note, the next run of the same command tidies up.
         for url, note in read_notes(self.out).items():
             if is_reshard(note):
                 storage.delete(posixpath.dirname(url))
+
+    def forget_parts(self) -> None:
+        """Removes what the parts of this job have told each other."""
+        forget_parts(self.out, self.key)
 
     def tidy_finished(self, scratch: str) -> None:
         """Removes what a run has left that ended between its commit and its end."""

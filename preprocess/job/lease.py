@@ -119,7 +119,11 @@ def tidy_up(url: str, tidy: Callable[[], None], *, is_left: bool) -> None:
       is_left: Whether there is anything for certain, beside leases and unfinished files.
     """
     # Last a run removes its lease. That of another machine is not waited for: its job may be alive.
-    life = Watch().look(storage.join(url, LEASE_NAME))[0]
+    watch = Watch()
+    life, holder = watch.look(storage.join(url, LEASE_NAME))
+    if "parts" in holder:
+        lives = [watch.look(each)[0] for each in _part_leases(url, holder).values()]
+        is_left = is_left or not {"alive", "unknown"} & set(lives)
     if life == "absent":
         is_left = is_left or storage.has_temporaries(url)
     if not is_left and life != "dead":
@@ -418,27 +422,24 @@ def require_no_parts(output: str, record: Mapping[str, Any]) -> None:
     Raises:
       StorageError: `output_busy`.
     """
-    folder = storage.join(output, parts_folder(str(record.get("job"))))
-    count = record.get("parts")
-    found = storage.list_names(folder, fresh=True)
-    names = {name for name in found if name.endswith(f"-of-{count:05}.json")}
+    leases = _part_leases(output, record)
     watch, warned = Watch(), False
     for _ in range(_LOOKS + 2):
         unknown = []
-        for name in sorted(names):
-            life, holder = watch.look(storage.join(folder, name))
+        for index, url in leases.items():
+            life, holder = watch.look(url)
             if life == "alive":
                 raise StorageError(
                     "output_busy.parts",
                     where=output,
                     title=record.get("title"),
-                    parts=count,
-                    part=f"{int(name[:5])}/{count}",
+                    parts=record.get("parts"),
+                    part=f"{index}/{record.get('parts')}",
                     host=holder.get("host"),
                     pid=holder.get("pid"),
                 )
             if life == "unknown":
-                unknown.append(name)
+                unknown.append(url)
         if not unknown:
             return
         if not warned:
@@ -450,6 +451,14 @@ def require_no_parts(output: str, record: Mapping[str, Any]) -> None:
             )
             warned = True
         _pause(TTL_S / _LOOKS)
+
+
+def _part_leases(output: str, record: Mapping[str, Any]) -> dict[int, str]:
+    """Lists the leases of the parts of a job: number of the part -> URL."""
+    folder = storage.join(output, parts_folder(str(record.get("job"))))
+    end = f"-of-{record.get('parts'):05}.json"
+    names = [name for name in storage.list_names(folder, fresh=True) if name.endswith(end)]
+    return {int(name[:5]): storage.join(folder, name) for name in sorted(names)}
 
 
 def _pause(seconds: float) -> None:

@@ -28,7 +28,6 @@ from preprocess.job.engines.engine import Engine
 from preprocess.job.fetching import fetch_images
 from preprocess.job.generation import RowMarks
 from preprocess.job.job import Job, JobSettings, Reporter
-from preprocess.job.lease import LEASE_NAME, read_lease
 from preprocess.job.parts import (
     HeldPart,
     PartOfJob,
@@ -117,13 +116,16 @@ def run_part(settings: JobSettings, report: Reporter) -> PartOutcome:
         with telling_end(board), join_job(settings.out, me, state=board.snapshot) as held:
             outcome = _work(job, part, held, board)
     except (StorageError, FileNotFoundError) as error:
-        # The part that committed has removed what the others hold, or are about to look for.
-        gone = ("lease_lost", "output_removed", "cache_not_shared")
+        # The part that committed has removed what the others hold, or are about to look for; or
+        # one that came later is tidying up.
+        gone = ("lease_lost", "output_removed", "cache_not_shared", "output_busy")
         is_gone = isinstance(error, FileNotFoundError) or error.reason in gone
         result = committed(job) if is_gone else None
         if result is None:
             raise
-        return _finished(part, result)
+        outcome = _finished(part, result)
+    if outcome.result is not None:
+        forget_parts(settings.out, job.key)  # once more: this one may have joined meanwhile
     if outcome.fresh and outcome.result is not None:
         done = Outcome(
             result=outcome.result,
@@ -178,7 +180,7 @@ def _work_on(job: Job, part: Part, held: HeldPart, board: Board, engine: Engine)
         held.check()
         result = commit(job, plan, receipts)
         board.committed(result.sha256)
-    _tidy(job, held)
+    _tidy(job)
     return PartOutcome(
         part=part,
         built_shards=built,
@@ -307,12 +309,10 @@ def _all_receipts(job: Job, plan: Plan) -> list[Receipt] | int:
     return [receipts[shard] for shard in range(plan.num_shards)]
 
 
-def _tidy(job: Job, held: HeldPart) -> None:
+def _tidy(job: Job) -> None:
     """Removes what only an unfinished job needs; other parts may be about to do the same."""
     if storage.is_local(job.settings.out):
         storage.delete_temporaries(job.settings.out)
     job.blobs.remove_tokens(job.key[:16])
-    record = read_lease(job.url(LEASE_NAME))
-    if record is not None and record.get("job") == held.me.job:
-        forget_parts(job.settings.out, held.me.job)
+    forget_parts(job.settings.out, job.key)
     drop_plan(job)

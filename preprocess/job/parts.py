@@ -330,7 +330,10 @@ def require_shared(output: str, part: Part, own_disk: OwnDisk) -> None:
 
 
 def forget_parts(output: str, job: str) -> None:
-    """Removes what the parts of a job have told each other, and its hold on the output."""
+    """Removes what the parts of a job have told each other, and its hold on the output.
+
+    One that joins while this is done leaves something; it does the same before it ends.
+    """
     url = storage.join(output, LEASE_NAME)
     record = read_lease(url)
     if record is not None and "parts" in record and record.get("job") == job:

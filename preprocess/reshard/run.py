@@ -97,15 +97,18 @@ def reshard_part(plan: ReshardPlan, report: Reporter) -> Resharded | OthersMissi
     if done is not None:
         job.tidy_finished(scratch)
         return done
+    outcome: Resharded | OthersMissing | None
     try:
         with job.held(report) as (board, require_held):
             # Once more: another job may have ended in between.
-            return _finished(plan) or _reshard(plan, job, board, require_held)
+            outcome = _finished(plan) or _reshard(plan, job, board, require_held)
     except StorageError as error:
-        done = _finished(plan) if job.has_ended(error) else None
-        if done is None:
+        outcome = _finished(plan) if job.has_ended(error) else None
+        if outcome is None:
             raise
-        return done
+    if isinstance(outcome, Resharded):
+        job.forget_parts()  # once more: this one may have joined meanwhile
+    return outcome
 
 
 def _divided(plan: ReshardPlan) -> DividedJob:

@@ -333,6 +333,35 @@ def test_what_killed_writers_have_left_is_removed_by_whoever_completes_or_comes_
     assert not lease_of_another.exists()
 
 
+@pytest.mark.parametrize("ends", ["well", "killed", "refused"])
+def test_a_part_that_joins_while_the_last_one_tidies_up_leaves_nothing(ends, tmp_path, monkeypatch):
+    chosen = settings(tmp_path, "0/1")
+    assert run(chosen).fresh
+    want = [path for path in names(chosen.out) if path != "run.json"]
+    looks, really, join = Counter(), part_run.committed, part_run.join_job
+
+    def committed(job):
+        looks["committed"] += 1
+        return really(job) if looks["committed"] > 1 else None
+
+    @contextmanager
+    def refuse(*_, **more):
+        raise StorageError("output_busy.job", where=chosen.out, host="here", pid=1)
+        yield
+
+    with monkeypatch.context() as patched:
+        patched.setattr(part_run, "committed", committed)
+        patched.setattr(part_run, "join_job", refuse if ends == "refused" else join)
+        if ends == "killed":
+            patched.setattr(part_run, "forget_parts", lambda out, job: None)
+        assert not run(chosen).fresh
+    left = {name.split("/")[0] for name in names(chosen.out)} & {LEASE_NAME, lease.PARTS_FOLDER}
+    assert left == ({LEASE_NAME, lease.PARTS_FOLDER} if ends == "killed" else set())
+    assert not run(chosen).fresh
+    assert [path for path in names(chosen.out) if path != "run.json"] == want
+    assert not (tmp_path / "out" / lease.PARTS_FOLDER).exists()
+
+
 def test_an_output_that_other_machines_do_not_see_is_refused(tmp_path, monkeypatch):
     shared = []
     monkeypatch.setattr(storage, "is_own_disk", lambda url: url not in shared)
