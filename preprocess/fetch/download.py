@@ -127,6 +127,8 @@ _LOOK_AGAIN_S = 1.0
 _ROBOTS_IN_MEMORY = 1000
 _NUMERIC_LABEL = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
 """A last label that makes a host an IPv4 address (URL standard, "ends in a number checker")."""
+_MAYBE_ADDRESS = re.compile(r"\s*https?:[/\\]*(?:[^/?#\\]*@)?[\[0-9]", re.IGNORECASE)
+"""How a URL begins whose host is an address: most are not, and parsing takes ten times as long."""
 _RAW_BYTE = re.compile("[\udc80-\udcff]")
 """A byte of a header that is not UTF-8, as aiohttp gives it."""
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -144,6 +146,7 @@ def fetch_all(
     limits: ImageLimits | None = None,
     videos: bool = False,
     ocr_files: bool = False,
+    again: bool = True,
     on_result: Callable[[FetchResult], None] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> FetchResults:
@@ -162,6 +165,8 @@ def fetch_all(
       limits: The largest image that is kept; None for the defaults.
       videos: Whether bodies may be other than images: anything but a page of HTML or XML.
       ocr_files: Whether bodies may be files of OCR: JSON, or markup of hOCR, ALTO or PAGE.
+      again: Whether the policy judges what earlier runs have kept, and which of their failures are
+        requested again; else every result that is known counts, unless its image is gone.
       on_result: Called once per unique URL, first for the settled ones, in the calling thread. What
         it raises ends the run.
       clock: Gives the time of day in seconds, by which results expire.
@@ -191,6 +196,7 @@ def fetch_all(
         limits=limits or ImageLimits(),
         videos=videos,
         ocr_files=ocr_files,
+        again=again,
         on_result=on_result or _ignore,
         clock=clock,
     )
@@ -216,6 +222,27 @@ def is_public(address: str) -> bool:
         if ip.is_site_local:
             return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+def _is_private_address(host: str) -> bool:
+    """Returns True if a host is an address, not a name, and not a public one."""
+    try:
+        return not is_public(host)
+    except ValueError:
+        return False
+
+
+def _private_hosts(known: FetchResult) -> set[str]:
+    """Names the hosts with private addresses that gave a result, as far as it says."""
+    hosts = _names(known.private_hosts)
+    for url in {known.url, known.final_url}:
+        if _MAYBE_ADDRESS.match(url) and _is_private_address(host := host_of(url)):
+            hosts.add(host)  # not recorded by older releases
+    return hosts
+
+
+def _names(text: str) -> set[str]:
+    return {*text.split(",")} - {""}
 
 
 def image_fault(body: bytes, *, limits: ImageLimits) -> ImageFault:
@@ -293,6 +320,8 @@ class _PublicResolver(AbstractResolver):
     def __init__(self, allow_hosts: frozenset[str]) -> None:
         self._inner = aiohttp.ThreadedResolver()
         self._allow_hosts = allow_hosts
+        self.private_hosts: set[str] = set()
+        """Allowed ones that have a private address."""
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
@@ -303,9 +332,11 @@ class _PublicResolver(AbstractResolver):
             raise _RefusedError("bad_url") from error
         if not found:
             raise socket.gaierror(socket.EAI_NONAME, "no address")
-        if bare(host) in self._allow_hosts:
-            return found
         public = [address for address in found if is_public(address["host"])]
+        if bare(host) in self._allow_hosts:
+            if len(public) < len(found):
+                self.private_hosts.add(bare(host))
+            return found
         if not public:
             raise _RefusedError("private_addr")
         return public
@@ -385,6 +416,7 @@ class _Run:
     limits: ImageLimits
     videos: bool
     ocr_files: bool
+    again: bool
     on_result: Callable[[FetchResult], None]
     clock: Callable[[], float]
     counts: Counter[str] = field(default_factory=Counter)
@@ -404,6 +436,7 @@ class _Run:
     _no_robots: dict[URL, _Failure] = field(default_factory=dict)
     """By origin: why robots.txt could not be had in this run."""
     _slots: asyncio.Semaphore = field(init=False)
+    _resolver: _PublicResolver = field(init=False)
     _session: aiohttp.ClientSession = field(init=False)
 
     def __post_init__(self) -> None:
@@ -420,22 +453,39 @@ class _Run:
         expected = self.expected.get(request_of(known.url))
         differs = self.sha_policy == "require" and expected not in (None, known.sha256)
         if known.status == "ok":
-            blob = known.sha256 or ""
-            unasked = known.opt_outs_ignored and not self.policy.ignored_opt_outs
-            return not (differs or unasked) and self.cache.has(blob, num_bytes=known.num_bytes)
-        if self.policy.retry != "transient":
-            return self.policy.retry == "none"
+            refused = self.again and (differs or self._refuses(known))
+            return not refused and self.cache.has(known.sha256 or "", num_bytes=known.num_bytes)
+        if not self.again or self.policy.retry != "transient":
+            return not self.again or self.policy.retry == "none"
         if self.clock() - known.finished_unix_s > self.policy.failures_expire_days * _DAY_S:
             return False
         if known.reason == "sha_mismatch":
             return differs
-        if known.reason in ("robots", "x_robots"):
-            return not self.policy.ignored_opt_outs
+        if known.reason == "robots":
+            return self.policy.robots_txt == "obey"
+        if known.reason == "x_robots":
+            return self.policy.x_robots_tag == "obey"
         if known.reason == "private_addr":
             return host_of(known.final_url or known.url) not in self.policy.allow_hosts
         if known.reason in self._limits:
             return known.limit >= self._limits[known.reason]
         return known.reason not in TRANSIENT and known.reason != "bomb"  # by other limits
+
+    def _refuses(self, known: FetchResult) -> bool:
+        """Returns True if this run would not keep what an earlier one, maybe another's, has kept.
+
+        What older releases did not record counts as allowed: which opt-outs were ignored, where
+        some still are; redirects; the names of private hosts, but for addresses in URLs.
+        """
+        ours = set(self.policy.ignored_opt_outs)
+        unasked = not _names(known.ignored_opt_outs) <= ours
+        return (
+            unasked
+            or (known.opt_outs_ignored and not ours)
+            or known.num_bytes > self._max_bytes
+            or known.num_redirects > self.policy.max_redirects
+            or not _private_hosts(known) <= self.policy.allow_hosts
+        )
 
     def fetch_missing(self, urls: UrlSpool) -> int:
         """Fetches what no earlier run has settled; returns the number of these URLs."""
@@ -480,8 +530,9 @@ class _Run:
         threads = ThreadPoolExecutor(policy.concurrency, thread_name_prefix="fetch")
         asyncio.get_running_loop().set_default_executor(threads)
         self._slots = asyncio.Semaphore(policy.concurrency)
+        self._resolver = _PublicResolver(policy.allow_hosts)
         connector = aiohttp.TCPConnector(
-            resolver=_PublicResolver(policy.allow_hosts),
+            resolver=self._resolver,
             limit=policy.concurrency,
             use_dns_cache=policy.dns_cache_s > 0,
             ttl_dns_cache=policy.dns_cache_s,
@@ -648,7 +699,9 @@ class _Run:
     async def _attempt(self, url: URL, *, name: str, attempt: int) -> FetchResult:
         """Requests an image once, and stores it."""
         left_s, now_s = self.policy.wall_timeout_s, asyncio.get_running_loop().time
+        asked: list[URL] = []
         for _ in range(self.policy.max_redirects + 1):
+            asked.append(url)
             if self.policy.robots_txt == "obey":
                 robots = await self._robots_of(url)
                 if not robots.allows(str(url)):
@@ -657,7 +710,7 @@ class _Run:
                 found = await self._limited(self._get(url), left_s)
                 if isinstance(found, _Answer):
                     # Outside the wall limit: the server is not to blame for a slow disk.
-                    return await self._stored(found, name=name, attempt=attempt)
+                    return await self._stored(found, name=name, attempt=attempt, asked=asked)
             left_s -= now_s() - began_s
             url = found
         raise _Failure("too_many_redirects")
@@ -808,7 +861,9 @@ class _Run:
                 raise
         return 404, b""
 
-    async def _stored(self, answer: _Answer, *, name: str, attempt: int) -> FetchResult:
+    async def _stored(
+        self, answer: _Answer, *, name: str, attempt: int, asked: list[URL]
+    ) -> FetchResult:
         loop = asyncio.get_running_loop()
         reason, sha256 = await loop.run_in_executor(None, self._keep, name, answer.body)
         if reason == "incomplete" and not answer.has_length:
@@ -826,7 +881,16 @@ class _Run:
             final_url=redact(str(answer.url)),
             finished_unix_s=int(self.clock()),
             opt_outs_ignored=bool(self.policy.ignored_opt_outs),
+            ignored_opt_outs=",".join(self.policy.ignored_opt_outs),
+            num_redirects=len(asked) - 1,
+            private_hosts=",".join(
+                sorted({bare(each.raw_host or "") for each in asked if self._is_private(each)})
+            ),
         )
+
+    def _is_private(self, url: URL) -> bool:
+        host = bare(url.raw_host or "")
+        return _is_private_address(host) or host in self._resolver.private_hosts
 
     def _keep(self, name: str, body: bytes) -> tuple[str, str]:
         """Judges a body and stores a usable one; returns the reason against it and its sha256."""

@@ -73,8 +73,17 @@ class FetchResult:
     """Of "too_big" and "too_many_redirects": what was set."""
     opt_outs_ignored: bool = False
     """Whether robots.txt or X-Robots-Tag were not looked at."""
+    ignored_opt_outs: str = ""
+    """Which of them, by the names of the settings, separated by commas; "" in older ledgers."""
+    num_redirects: int = 0
+    """Of "ok": how many were followed; 0 in older ledgers."""
+    private_hosts: str = ""
+    """Of "ok": the hosts with private addresses that were asked, separated by commas; "" in older
+    ledgers."""
 
 
+_LATER = ("ignored_opt_outs", "num_redirects", "private_hosts")
+"""Fields that a line lacks where they have their defaults, as it does in older ledgers."""
 _TEXT = r'"([^"\\\x00-\x1f\x7f-\xff]*)"'
 _NUMBER = "(0|[1-9][0-9]{0,17})"
 _FORMS = {
@@ -94,7 +103,9 @@ _USUAL_LINE = re.compile(
     "{"
     + "".join(f'"{name}": ?{form}, ?' for name, form in _FORMS.items())
     # Ledgers of older releases have no limit.
-    + f'(?:"limit": ?{_NUMBER}, ?)?"opt_outs_ignored": ?(true|false)}}\n'
+    + f'(?:"limit": ?{_NUMBER}, ?)?"opt_outs_ignored": ?(true|false)'
+    + f'(?:, ?"ignored_opt_outs": ?{_TEXT})?(?:, ?"num_redirects": ?{_NUMBER})?'
+    + f'(?:, ?"private_hosts": ?{_TEXT})?}}\n'
 )
 """A line as it is written, without escapes: read at a tenth of the cost of JSON with all checks."""
 
@@ -329,7 +340,11 @@ def read_ledger(path: str | Path) -> LedgerReader:
 
 def encode_result(result: FetchResult) -> bytes:
     """Writes the line of a result."""
-    return json.dumps(dataclasses.asdict(result), separators=(",", ":")).encode() + b"\n"
+    fields = dataclasses.asdict(result)
+    for name in _LATER:
+        if not fields[name]:
+            del fields[name]
+    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
 
 
 def decode_result(line: bytes) -> FetchResult:
@@ -356,6 +371,9 @@ def decode_result(line: bytes) -> FetchResult:
             not_before_unix_s=int(rest[1]),
             limit=int(rest[2] or 0),
             opt_outs_ignored=rest[3] == "true",
+            ignored_opt_outs=rest[4] or "",
+            num_redirects=int(rest[5] or 0),
+            private_hosts=rest[6] or "",
         )
     else:
         result = read_fields(FetchResult, read_json(line, any_text=True))

@@ -8,7 +8,6 @@ On one machine there is one task, and it runs in this process.
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import io
 import json
@@ -64,6 +63,8 @@ class FetchContext:
     limits: ImageLimits
     videos: bool
     ocr_files: bool
+    again: bool
+    """Whether what earlier runs have kept or failed to get is judged by the policy."""
 
     def fetch(
         self, urls: UrlSpool, ledger: Ledger, blobs: BlobCache, report: Callable[[str], None]
@@ -79,6 +80,7 @@ class FetchContext:
             limits=self.limits,
             videos=self.videos,
             ocr_files=self.ocr_files,
+            again=self.again,
             on_result=lambda result: report(result.reason),
         )
 
@@ -110,7 +112,8 @@ def fetch_images(
       job: The job.
       urls: What to download.
       report: Gets the progress.
-      again: Whether transient failures of earlier runs are requested again.
+      again: Whether failures of earlier runs may be requested again, and images that they have kept
+        be refused; a finished split that is repaired is made of the results that it was made of.
       engine: Where; None for this process.
       cache_token: Mark that is left in the cache for other machines.
       mark: URL of an object by which they tell that they see the output; "" for none yet.
@@ -120,16 +123,14 @@ def fetch_images(
     """
     if not urls:
         return {}
-    policy = job.settings.fetch
-    if not again:
-        policy = dataclasses.replace(policy, retry="none")
     context = FetchContext(
         name=job.name,
         cache=job.blobs.url,
-        policy=policy,
+        policy=job.settings.fetch,
         limits=job.settings.recipe.image.limits,
         videos=job.dataset.videos,
         ocr_files=job.dataset.ocr_files,
+        again=again,
     )
     report.stage("fetch", len(urls))
     with Ledger(job.ledger_path()) as ledger:

@@ -126,6 +126,8 @@ def test_image_is_stored_by_content_and_recorded(server, run, cache, tmp_path):
         final_url=url,
         finished_unix_s=NOW_S,
         opt_outs_ignored=True,
+        ignored_opt_outs="robots_txt",
+        private_hosts="127.0.0.1",
     )
     assert cache.get(result.sha256) == body
     assert read_ledger(tmp_path / "ledger.jsonl") == {url: result}

@@ -55,6 +55,9 @@ results = st.builds(
     not_before_unix_s=numbers,
     limit=numbers,
     opt_outs_ignored=st.booleans(),
+    ignored_opt_outs=st.sampled_from(["", "robots_txt", "robots_txt,x_robots_tag"]),
+    num_redirects=st.integers(0, 2),
+    private_hosts=texts,
 )
 
 

@@ -6,6 +6,7 @@ Judged from the server's log, in virtual time.
 import ast
 import dataclasses
 import itertools
+import socket
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import get_type_hints
@@ -15,6 +16,7 @@ import pytest
 from preprocess.fetch import (
     BlobCache,
     FetchPolicy,
+    FetchResult,
     Ledger,
     download,
     fetch_all,
@@ -98,7 +100,7 @@ class Site:
     def __init__(self, server, folder):
         self.server, self.folder = server, folder
 
-    def fetch(self, *urls, **settings):
+    def fetch(self, *urls, again=True, **settings):
         """Fetches URLs; returns how each ended, and the log of this run."""
         self.server.log.clear()
         with Ledger(self.folder / "ledger.jsonl") as ledger:
@@ -108,6 +110,7 @@ class Site:
                 ledger=ledger,
                 policy=FetchPolicy(**{**{n: getattr(POLICY, n) for n in NAMES}, **settings}),
                 clock=self.server.clock,
+                again=again,
             )
         return {url: result.reason or "ok" for url, result in results.items()}, [*self.server.log]
 
@@ -379,6 +382,101 @@ def test_an_opt_out_that_was_ignored_is_obeyed_when_asked_to(site):
     assert site.fetch(tagged)[0] == {tagged: "x_robots"}
     assert site.fetch(tagged, x_robots_tag="ignore")[0] == {tagged: "ok"}
     assert site.fetch(tagged)[0] == {tagged: "x_robots"}
+
+
+INSIDE = "inside.test"
+"""A name whose address is private."""
+MOVED = "/to?url=/ok/moved.png"
+THROUGH = f"/to?url=http://{INSIDE}:PORT/to?url=http://{PLAIN}:PORT/ok/a.png"
+NO_HOST, BOTH = frozenset(), frozenset({PLAIN, INSIDE})
+TAGGED = "/header/a.png?X-Robots-Tag=noai"
+JUDGED = [
+    # setting, URL, other settings with which it is kept, and refused, class
+    ("allow_hosts", f"http://{PLAIN}:PORT/ok/a.png", {}, {"allow_hosts": NO_HOST}, "private_addr"),
+    ("allow_hosts", f"http://{INSIDE}:PORT/ok/a.png", {"allow_hosts": BOTH}, {}, "private_addr"),
+    ("allow_hosts", f"http://{PLAIN}:PORT{THROUGH}", {"allow_hosts": BOTH}, {}, "private_addr"),
+    ("robots_txt", "/ok/no/a.png", {"robots_txt": "ignore"}, {"x_robots_tag": "ignore"}, "robots"),
+    ("x_robots_tag", TAGGED, {"x_robots_tag": "ignore"}, {"robots_txt": "ignore"}, "x_robots"),
+    ("max_bytes", "/ok/a.png", {}, {"max_bytes": 20}, "too_big"),
+    ("max_redirects", MOVED, {}, {"max_redirects": 0}, "too_many_redirects"),
+]
+"""Settings that apply to what earlier runs have kept, of this dataset or another."""
+OF_REQUESTS = {
+    "user_agent": "other",
+    "robots_age_s": 1.0,
+    "robots_bytes": 1,
+    "per_host": 1,
+    "host_rate": 0.01,
+    "concurrency": 1,
+    "max_pause_s": 1.0,
+    "longest_pause_s": 1.0,
+    "host_failures": 1,
+    "attempts": 1,
+    "backoff_s": 0.0,
+    "connect_timeout_s": 0.1,
+    "read_timeout_s": 0.1,
+    "wall_timeout_s": 0.1,
+    "dns_cache_s": 0,
+    "keepalive_s": 0.1,
+    "pack_bytes": 1,
+    "breaker_window": 1,
+    "breaker_hosts": 1,
+    "breaker_success": 1.0,
+}
+"""Settings of requests: what is kept needs none."""
+OF_OTHERS = {
+    "retry": "of failures",
+    "failures_expire_days": "of failures",
+    "sha256": "PLAN compares what is kept too",
+    "placeholder_urls": "PLAN counts what is kept too",
+}
+
+
+def test_of_every_setting_it_is_known_whether_it_applies_to_what_is_kept():
+    groups = [{row[0] for row in JUDGED}, OF_REQUESTS, OF_OTHERS]
+    assert sorted(name for names in groups for name in names) == sorted(NAMES)
+
+
+def test_settings_of_requests_change_nothing_of_what_is_kept(site):
+    urls = [site.server.url(path) for path in ("/ok/a.png", MOVED)]
+    want = dict.fromkeys(urls, "ok")
+    assert site.fetch(*urls)[0] == want
+    assert site.fetch(*urls, **OF_REQUESTS) == (want, [])
+
+
+@pytest.mark.parametrize("url, kept, refused, reason", [row[1:] for row in JUDGED])
+def test_what_an_earlier_run_has_kept_is_judged_as_if_it_were_requested(
+    site, monkeypatch, url, kept, refused, reason
+):
+    address = (socket.AF_INET, socket.SOCK_STREAM, 6, "", (PLAIN, site.server.ports[PLAIN]))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [address])
+    site.server.robots[PLAIN] = (200, "User-agent: *\nDisallow: /ok/no/\n")
+    url = url.replace("PORT", str(site.server.ports[PLAIN]))
+    url = url if url.startswith("http") else site.server.url(url)
+    assert site.fetch(url, **kept)[0] == {url: "ok"}
+    assert site.fetch(url, **kept) == ({url: "ok"}, [])
+    assert site.fetch(url, **refused, again=False) == ({url: "ok"}, [])
+    assert site.fetch(url, **refused)[0] == {url: reason}
+    assert site.fetch(url, **refused) == ({url: reason}, [])
+    assert site.fetch(url, **kept)[0] == {url: "ok"}
+
+
+def test_what_older_ledgers_do_not_say_counts_as_allowed(site):
+    old = {"status": "ok", "sha256": BlobCache(site.folder / "cache").put(b"x"), "num_bytes": 1}
+    by_name = FetchResult(url=f"http://{INSIDE}/a", final_url=f"http://{INSIDE}/b", **old)
+    ignored = FetchResult(url=f"http://{INSIDE}/c", opt_outs_ignored=True, **old)
+    addresses = [
+        FetchResult(url=f"http://{PLAIN}/a", **old),
+        FetchResult(url=f"http://{INSIDE}/d", final_url=f"http://{PLAIN}/a", **old),
+    ]
+    with Ledger(site.folder / "ledger.jsonl") as ledger:
+        for each in (by_name, ignored, *addresses):
+            ledger.append(each)
+    assert site.fetch(by_name.url, allow_hosts=NO_HOST) == ({by_name.url: "ok"}, [])
+    assert site.fetch(ignored.url, x_robots_tag="ignore") == ({ignored.url: "ok"}, [])
+    for each in addresses:
+        assert site.fetch(each.url) == ({each.url: "ok"}, [])
+        assert site.fetch(each.url, allow_hosts=NO_HOST)[0] != {each.url: "ok"}
 
 
 @pytest.mark.parametrize("settings, kept_s", [({}, DAY_S), ({"robots_age_s": 3600.0}, 3600)])

@@ -117,6 +117,14 @@ def test_another_dataset_takes_images_and_requests_what_failed(web):
     assert web.fetch("four", name="another") == (ENDED, [])
 
 
+def test_images_of_hosts_that_another_job_may_not_ask_are_not_taken_over(web):
+    web.fetch("one")
+    strict = dataclasses.replace(POLICY, allow_hosts=frozenset())
+    refused = ["private_addr"] * 3
+    assert web.fetch("two", name="another", fetch=strict) == (refused, [])
+    assert web.fetch("two", name="another") == (ENDED, ALL)
+
+
 @pytest.mark.slow
 def test_a_large_one_of_another_dataset_is_not_read_for_a_few_urls(web, monkeypatch):
     web.fetch("one")
