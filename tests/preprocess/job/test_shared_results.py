@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from preprocess.fetch import FetchPolicy, FetchResult, encode_result, unique_urls
+from preprocess.fetch import FetchPolicy, FetchResult, Ledger, encode_result, unique_urls
 from preprocess.job import fetching
 from preprocess.job.fetching import fetch_images
 from preprocess.job.job import Job, JobSettings
@@ -17,6 +17,7 @@ from preprocess.job.shared_results import publish_lines
 from preprocess.recipe import Recipe
 from preprocess.text import TextPolicy
 from shardspec import storage
+from shardspec.errors import StorageError
 from tests.inline import Quiet
 from tests.preprocess.fetch.faulty_http import FaultyServer
 
@@ -224,3 +225,16 @@ def test_two_stores_of_one_machine_do_not_lend_each_other_images(web):
     assert web.fetch("two") == (ENDED, [])
     web.store = first
     assert web.fetch("one") == (ENDED, [])
+
+
+def test_two_jobs_of_a_dataset_download_at_once_only_with_a_folder_each(web):
+    urls, web.urls = web.urls, web.urls[:1]
+    with Ledger(Job(web.settings("one")).ledger_path()):
+        for cache in (web.store, storage.join(web.store, "second")):
+            with pytest.raises(StorageError) as caught:
+                web.fetch("one", cache=cache)
+            assert caught.value.reason == "ledger_locked"
+            assert "a folder of its own as CACHE=" in str(caught.value)
+        assert web.fetch("one", cache=str(web.folder / "own")) == (["ok"], ALL[:1])
+    web.urls = urls
+    assert web.fetch("one") == (ENDED, ALL)
