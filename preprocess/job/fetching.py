@@ -266,28 +266,31 @@ def _copy_known(job: Job, ledger: Ledger, urls: UrlSpool, shared: SharedResults)
     Only URLs that the ledger lacks: this is done when a part, or a machine, first runs. Runs are
     those in another number of parts, and those of other machines.
     """
-    if next(_lacking(ledger, urls), None) is None:
+    lacking = _lacking(ledger, urls)
+    if not lacking:
         return
     for path in job.other_ledger_paths():
         known = read_ledger(path)
-        for url in _lacking(ledger, urls):
+        for url in lacking:
             if (result := known.get(url)) is not None:
                 ledger.append(result)
+        lacking = _lacking(ledger, lacking)
     for each in shared.of_dataset():
-        if next(_lacking(ledger, urls), None) is None:
+        if not lacking:
             return
         found = shared.read(each)
-        for url in _lacking(ledger, urls):
+        for url in lacking:
             result = found.get(url)
             # Where the image of the latest is gone, an earlier one may be there.
             if result is not None and (result.status != "ok" or _has_image(job, result)):
                 ledger.append(result)
+        lacking = _lacking(ledger, lacking)
 
 
 def _copy_images(job: Job, ledger: Ledger, urls: UrlSpool, shared: SharedResults) -> None:
     """Takes over the images that other datasets have; their failures may not be this one's."""
-    num_lacking = sum(1 for _ in _lacking(ledger, urls))
-    if not num_lacking:
+    lacking = _lacking(ledger, urls)
+    if not lacking:
         return
 
     def sources() -> Iterator[tuple[int, Callable[[], Mapping[str, FetchResult]]]]:
@@ -301,20 +304,24 @@ def _copy_images(job: Job, ledger: Ledger, urls: UrlSpool, shared: SharedResults
         known: Mapping[str, FetchResult] = {}
         # A damaged one is an error for its own dataset; another user's may not be readable.
         with suppress(StorageError, OSError):
-            if num_bytes <= num_lacking * READ_BYTES_PER_URL:
+            if num_bytes <= len(lacking) * READ_BYTES_PER_URL:
                 known = read()
         if not known:
             continue
-        for url in _lacking(ledger, urls):
+        for url in lacking:
             result = known.get(url)
             if result is not None and result.status == "ok" and _is_usable(job, result):
                 ledger.append(result)
-                num_lacking -= 1
+        lacking = _lacking(ledger, lacking)
 
 
-def _lacking(ledger: Ledger, urls: UrlSpool) -> Iterator[str]:
-    """Gives the URLs of which a ledger knows nothing."""
-    return (url for url in urls if url not in ledger.results)
+def _lacking(ledger: Ledger, urls: UrlSpool) -> UrlSpool:
+    """Lists the URLs of which a ledger knows nothing: there may be many sources for few of them."""
+    lacking = UrlSpool(urls.folder)
+    for url in urls:
+        if url not in ledger.results:
+            lacking.add(url)
+    return lacking
 
 
 def _is_usable(job: Job, known: FetchResult) -> bool:

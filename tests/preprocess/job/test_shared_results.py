@@ -8,7 +8,14 @@ from functools import partial
 
 import pytest
 
-from preprocess.fetch import FetchPolicy, FetchResult, Ledger, encode_result, unique_urls
+from preprocess.fetch import (
+    FetchPolicy,
+    FetchResult,
+    Ledger,
+    UrlSpool,
+    encode_result,
+    unique_urls,
+)
 from preprocess.job import fetching
 from preprocess.job.fetching import fetch_images
 from preprocess.job.job import Job, JobSettings
@@ -238,3 +245,17 @@ def test_two_jobs_of_a_dataset_download_at_once_only_with_a_folder_each(web):
         assert web.fetch("one", cache=str(web.folder / "own")) == (["ok"], ALL[:1])
     web.urls = urls
     assert web.fetch("one") == (ENDED, ALL)
+
+
+def test_urls_that_are_known_are_not_looked_up_in_every_object(web, monkeypatch):
+    reads = []
+    real = UrlSpool.__iter__
+    monkeypatch.setattr(UrlSpool, "__iter__", lambda self: reads.append(len(self)) or real(self))
+    rest = [web.server.url(f"/ok/{i}.png") for i in range(9)]
+    web.urls += rest
+    for i, url in enumerate(rest):
+        web.put(FetchResult(url=url, status="failed", reason="http_404"), unix_s=LATER_S - i)
+        web.put(FetchResult(url=url, status="failed", reason="dns"), dataset="other", unix_s=i)
+    web.fetch("one")
+    # Listed, looked up in the latest object, listed again; for other datasets; fetched; returned.
+    assert reads.count(len(web.urls)) <= 6
