@@ -675,14 +675,16 @@ def test_a_part_that_waits_for_the_downloads_of_one_that_never_started_names_it(
     for index in (0, 2):
         with pytest.raises(StorageError) as caught:
             run(url_job(tmp_path, source, f"{index}/3"))
-        assert caught.value.reason == "parts_missing"
+        assert (caught.value.reason, caught.value.exit_code) == ("parts_missing", 1)
         assert "1/3" in caught.value.what
     found = read_status(str(tmp_path / "out"))
     assert found.state == "stopped"
     assert [each.life for each in found.jobs[0].parts] == ["ended", "absent", "ended"]
     assert run(url_job(tmp_path, source, "1/3")).missing_shards > 0  # plans, and builds its own
     run(url_job(tmp_path, source, "0/3"))
-    assert run(url_job(tmp_path, source, "2/3")).result is not None
+    parts = run(url_job(tmp_path, source, "2/3")).result
+    whole = run_job(url_job(tmp_path, source, out=str(tmp_path / "whole")), Quiet()).result
+    assert parts == whole
 
 
 def test_a_part_that_does_not_see_the_image_cache_is_refused(tmp_path, urls):
