@@ -453,14 +453,25 @@ class _Run:
         expected = self.expected.get(request_of(known.url))
         differs = self.sha_policy == "require" and expected not in (None, known.sha256)
         if known.status == "ok":
-            refused = self.again and (differs or self._refuses(known))
-            return not refused and self.cache.has(known.sha256 or "", num_bytes=known.num_bytes)
-        if not self.again or self.policy.retry != "transient":
-            return not self.again or self.policy.retry == "none"
+            if self.again and (differs or self._refuses(known)):
+                return False
+            return self.cache.has(known.sha256 or "", num_bytes=known.num_bytes)
+        refused = self._still_refuses(known)
+        if not self.again:
+            # What the split was made of, a run with other settings may have refused since.
+            return known.sha256 is None or refused is not False
+        if self.policy.retry != "transient":
+            return self.policy.retry == "none"
         if self.clock() - known.finished_unix_s > self.policy.failures_expire_days * _DAY_S:
             return False
         if known.reason == "sha_mismatch":
             return differs
+        if refused is not None:
+            return refused
+        return known.reason not in TRANSIENT and known.reason != "bomb"  # by other limits
+
+    def _still_refuses(self, known: FetchResult) -> bool | None:
+        """Returns True if the settings refuse it still; None if it failed for another reason."""
         if known.reason == "robots":
             return self.policy.robots_txt == "obey"
         if known.reason == "x_robots":
@@ -469,7 +480,7 @@ class _Run:
             return host_of(known.final_url or known.url) not in self.policy.allow_hosts
         if known.reason in self._limits:
             return known.limit >= self._limits[known.reason]
-        return known.reason not in TRANSIENT and known.reason != "bomb"  # by other limits
+        return None
 
     def _refuses(self, known: FetchResult) -> bool:
         """Returns True if this run would not keep what an earlier one, maybe another's, has kept.
@@ -628,6 +639,8 @@ class _Run:
 
     def _finish(self, result: FetchResult, host: Host, *, is_trial: bool) -> None:
         before = self.ledger.get(result.url)
+        if before is not None and before.sha256 and self._still_refuses(result):
+            result = dataclasses.replace(result, sha256=before.sha256, num_bytes=before.num_bytes)
         self.ledger.append(result)
         self._count(result)
         self._judge(host, result, is_trial=is_trial)

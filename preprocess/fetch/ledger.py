@@ -55,7 +55,8 @@ class FetchResult:
     http_status: int | None = None
     """Status of the last answer; None where there was none."""
     sha256: str | None = None
-    """Of the body, also where its content was refused; None where no whole body came."""
+    """Of the body, also where its content was refused; of that of an earlier run, where settings
+    have refused it since; None where no whole body came."""
     num_bytes: int = 0
     """Length of that body."""
     attempts: int = 0

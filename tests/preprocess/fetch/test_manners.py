@@ -458,7 +458,15 @@ def test_what_an_earlier_run_has_kept_is_judged_as_if_it_were_requested(
     assert site.fetch(url, **refused, again=False) == ({url: "ok"}, [])
     assert site.fetch(url, **refused)[0] == {url: reason}
     assert site.fetch(url, **refused) == ({url: reason}, [])
-    assert site.fetch(url, **kept)[0] == {url: "ok"}
+    assert site.fetch(url, **refused, again=False) == ({url: reason}, [])
+    assert site.fetch(url, **kept, again=False)[0] == {url: "ok"}
+
+
+def test_what_was_never_kept_stays_refused_where_a_split_is_repaired(site):
+    url = site.server.url("/ok/a.png")
+    assert site.fetch(url, max_bytes=20)[0] == {url: "too_big"}
+    assert site.fetch(url, again=False) == ({url: "too_big"}, [])
+    assert site.fetch(url)[0] == {url: "ok"}
 
 
 def test_what_older_ledgers_do_not_say_counts_as_allowed(site):
