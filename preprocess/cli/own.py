@@ -35,6 +35,9 @@ from shardspec.errors import ConfigError, SampleError
 _SHOWN_ROWS = 1000
 """Rows that `inspect` looks through for one that becomes an example."""
 
+_SHOWN_PLACES = 8
+"""Files with a folder of images of their own that are named."""
+
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", help="a file or folder of rows, or a spec.toml")
@@ -52,7 +55,9 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
         lines += ["# a spec that works:", *_spec_lines(kind.spec), ""]
     found, looked_at = dataset.image_names
     if looked_at:
-        lines += [f"images: {found} of the first {looked_at} names exist below {dataset.base}", ""]
+        lines += [f"images: {found} of the first {looked_at} names exist below {dataset.base}"]
+        others = [f"of {name}: below {base}" for name, base in dataset.other_bases.items()]
+        lines += [*others[:_SHOWN_PLACES], *["..."] * (len(others) > _SHOWN_PLACES), ""]
     frame = chat_frame("role", None)
     sheet = _sheet(options, kind)
     lines += _sheet_lines(sheet)

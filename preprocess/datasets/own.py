@@ -80,6 +80,9 @@ PROBED_IMAGES = 50
 MAX_BASES = 200
 """Folders that are tried."""
 
+_BASE = "__base__"
+"""Field of a row whose image names start elsewhere than those of most rows."""
+
 _CODE = re.compile(r"(?P<place>[^:]+(\.py)?):(?P<name>[A-Za-z_]\w*)")
 
 
@@ -198,7 +201,9 @@ class OwnDataset(DatasetBase):
         bases = _bases(self.spec, files, self.folder)
         base, self.image_names = _likely_base(self.spec, parts, bases)
         self.base = base
-        """Folder or URL that image names start from."""
+        """Folder or URL that image names start from, where a row does not say another."""
+        self.other_bases = others = self._other_bases(records)
+        """By file, where another is meant than `base`."""
         rows = list(islice((part[i] for part in parts for i in range(len(part))), FIRST_ROWS))
         rows = [row for row in rows if BROKEN not in row]
         _require_named(records, self.spec)
@@ -206,6 +211,11 @@ class OwnDataset(DatasetBase):
         _require_images(rows, self.spec, where=files[0])
         if self.spec.format in ("points", "boxes"):
             check_unit(rows, self.spec, where=files[0])
+        parts = [
+            _Based(part, others[each]) if each in others else part
+            for record in records
+            for each, part in zip(record.files, record.parts, strict=True)
+        ]
         parts = self._pieces(parts)
         kind = {
             "kind": "own",
@@ -217,10 +227,33 @@ class OwnDataset(DatasetBase):
             [lambda part=part: part for part in parts],  # type: ignore[misc]
             lengths=[len(part) for part in parts],
             kind=kind,
-            base=base,
+            base=_common_folder([base, *others.values()]),
             layout=layout,
             origins=[(name, 0) for each in records for name in each.files],
         )
+
+    def _other_bases(self, records: Sequence[Records]) -> dict[str, str]:
+        """Finds the files whose image names start elsewhere than at `base`, and where.
+
+        Folders may have files of the same names: those beside a file are the ones that it names.
+        """
+        folders: dict[str, list[Records]] = {}
+        for each in records:
+            place = each.files[0]
+            folder = place if is_folder(place) else place.rpartition("/")[0]
+            folders.setdefault(folder, []).append(each)
+        if self.spec.images or len(folders) == 1:
+            return {}
+        found: dict[str, str] = {}
+        for beside in folders.values():
+            files = [name for each in beside for name in each.files]
+            own = _bases(self.spec, files, self.folder)
+            parts = [part for each in beside for part in each.parts]
+            # Of equally many the first wins, so `base` is the last one.
+            base, (number, _) = _likely_base(self.spec, parts, [*own, self.base])
+            if base != self.base and (number or "://" in base):
+                found |= dict.fromkeys(files, base)
+        return found
 
     def _pieces(
         self, parts: Sequence[Sequence[Mapping[str, Any]]]
@@ -271,21 +304,24 @@ class OwnDataset(DatasetBase):
         """Turns a row into an example."""
         if BROKEN in row:
             raise row[BROKEN]
+        base = self.base
+        if _BASE in row:
+            row = dict(row)
+            base = row.pop(_BASE)
         example = parse_row(row, self._spec_of_split())
-        images = [resolve_image(each, base=self.base) for each in example.pop("image", ())]
+        images = [resolve_image(each, base=base) for each in example.pop("image", ())]
         if "video" in example:
-            example["video"] = [
-                resolve_image(each, base=self.base) for each in _listed(example["video"])
-            ]
+            videos = _listed(example["video"])
+            example["video"] = [resolve_image(each, base=base) for each in videos]
         if "subtitles" in example:
             found, several = example["subtitles"], len(example["video"]) > 1
-            read = [self._subtitles(each) for each in (found if several else [found])]
+            read = [_subtitles(each, base) for each in (found if several else [found])]
             example["subtitles"] = read if several else read[0]
         if "document" in example:
             return read_document(
                 {**example, "image": images},
                 policy=DocumentPolicy.from_table(self.spec.documents),
-                find=lambda name: resolve_image(name, base=self.base),
+                find=lambda name: resolve_image(name, base=base),
                 read_url=self.read_url,
             )
         return {**example, "image": images} if images else example
@@ -296,28 +332,42 @@ class OwnDataset(DatasetBase):
             return self.spec
         return replace(self.spec, unanswered=())
 
-    def _subtitles(self, value: Any) -> Any:
-        """Reads the subtitles of a video, where they are a file.
 
-        Raises:
-          SampleError: `subtitles`.
-        """
-        if not isinstance(value, Mapping) or "path" not in value:
-            return value
-        name, place = value["path"], resolve_image(value["path"], base=self.base)
-        if isinstance(place, str | bytes):
-            raise SampleError("subtitles.url", where=name)
-        try:
-            payload = place.read() if isinstance(place, RemoteImage) else place.read_bytes()
-            return row_subtitles(payload.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise SampleError("subtitles.encoding", where=name, error=error) from error
-        except (OSError, SampleError) as error:
-            if isinstance(error, SampleError) and error.reason != "image_missing":
-                raise
-            if value.get("optional"):
-                return None
-            raise SampleError("subtitles.missing", where=name, error=error) from error
+def _subtitles(value: Any, base: str) -> Any:
+    """Reads the subtitles of a video, where they are a file.
+
+    Raises:
+      SampleError: `subtitles`.
+    """
+    if not isinstance(value, Mapping) or "path" not in value:
+        return value
+    name, place = value["path"], resolve_image(value["path"], base=base)
+    if isinstance(place, str | bytes):
+        raise SampleError("subtitles.url", where=name)
+    try:
+        payload = place.read() if isinstance(place, RemoteImage) else place.read_bytes()
+        return row_subtitles(payload.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise SampleError("subtitles.encoding", where=name, error=error) from error
+    except (OSError, SampleError) as error:
+        if isinstance(error, SampleError) and error.reason != "image_missing":
+            raise
+        if value.get("optional"):
+            return None
+        raise SampleError("subtitles.missing", where=name, error=error) from error
+
+
+class _Based(Sequence[Mapping[str, Any]]):
+    """Rows with the place in each that their image names start from."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], base: str) -> None:
+        self._rows, self._base = rows, base
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: Any) -> Any:
+        return {**self._rows[i], _BASE: self._base}
 
 
 class _Pieces(Sequence[Mapping[str, Any]]):
@@ -621,9 +671,19 @@ def _likely_base(
             names = [each for each in names if not each.startswith("data:")]
             if len(names) >= PROBED_IMAGES:
                 break
-    counts = {base: sum(_exists(Path(base, name)) for name in names) for base in bases}
-    best = max(bases, key=lambda base: counts[base])
-    return best, (counts[best], len(names))
+    best, most = bases[0], -1
+    for base in bases:
+        number = sum(_exists(Path(base, name)) for name in names)
+        if number > most:
+            best, most = base, number
+        if most == len(names):
+            break
+    return best, (most, len(names))
+
+
+def _common_folder(places: Sequence[str]) -> str:
+    """Names the folder or URL that all places are in; "" for none."""
+    return "/".join(os.path.commonprefix([each.split("/") for each in places]))
 
 
 def _listed(value: Any) -> list[Any]:

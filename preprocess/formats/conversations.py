@@ -38,9 +38,9 @@ from typing import Any
 from preprocess.formats.images import (
     is_empty,
     named_media,
+    numbered_images,
     part_media,
     require_no_media,
-    row_images,
 )
 from preprocess.formats.spec import Spec
 from preprocess.formats.video import RowVideo, part_video, row_videos, with_videos
@@ -367,7 +367,7 @@ def _given(row: Mapping[str, Any], spec: Spec, *, url: bool = True) -> _Images:
         if re.fullmatch("<[^<>]+>", str(key)) and not is_empty(value)
     ]
     videos = _Videos(row_videos(row, spec), allowed="video" in spec.columns)
-    return _Images(row_images(row, spec, url=url), keyed=keyed, videos=videos)
+    return _Images(numbered_images(row, spec, url=url), keyed=keyed, videos=videos)
 
 
 class _Videos:
@@ -400,9 +400,11 @@ class _Images:
     """The images of a row, handed out to placeholders in the order in which they come up."""
 
     def __init__(
-        self, images: Sequence[Any], *, keyed: Sequence[str] = (), videos: _Videos
+        self, images: Mapping[int, Any], *, keyed: Sequence[str] = (), videos: _Videos
     ) -> None:
-        self.column, self.videos = list(images), videos
+        self.column, self.videos = list(images.values()), videos
+        self._of_number = {number: i for i, number in enumerate(images)}
+        """Place in `column` of the image of each number."""
         self._keyed = {name: i for i, name in enumerate(keyed)}
         """Number of the image by its placeholder, where the row has such a mapping."""
         named = [_PLACEHOLDER, *([_VIDEO_PLACEHOLDER] if videos.allowed else [])]
@@ -424,7 +426,7 @@ class _Images:
     def bare(self, index: int | None = None) -> str:
         """Places the next image of the column, or the one of a number from 0."""
         if index is not None:
-            self.placed.append(_Number(index))
+            self.placed.append(_Number(self._of_number.get(index, -1)))
             return MARK
         self.placed.append(_Number(self.num_unnumbered))
         self.num_unnumbered += 1
@@ -455,7 +457,9 @@ class _Images:
         resolved: list[Any] = []
         for each in self.placed:
             if isinstance(each, _Number):
-                number = each.number - (base if each.numbered else 0)
+                number = each.number
+                if each.numbered:
+                    number = self._of_number.get(number - base, -1)
                 used.add(number)
                 if not 0 <= number < len(self.column):
                     raise self._mismatch()

@@ -39,15 +39,23 @@ def row_images(row: Mapping[str, Any], spec: Spec, *, url: bool = True) -> list[
       spec: Says which column, where it is not one of `NAMES`.
       url: Whether a column `url` is an image; of a conversation it is the page that it is from.
     """
+    return list(numbered_images(row, spec, url=url).values())
+
+
+def numbered_images(row: Mapping[str, Any], spec: Spec, *, url: bool = True) -> dict[int, Any]:
+    """Gives the images of a row by their numbers in it, from 0; as `row_images`.
+
+    An empty place in a list has a number, as `image_2` has beside `image_1` and `image_3`.
+    """
     names = [name for name in NAMES if url or name.lower() != "url"]
     own = spec.names("image", ())
     for columns in (own,) if own else ((name,) for name in names):
         values = [each for name in columns for each in _as_list(row.get(name))]
-        found = [each for each in values if not is_empty(each)]
+        found = {i: each for i, each in enumerate(values) if not is_empty(each)}
         if found:
             return found
     numbered = [row.get(f"image_{i}") for i in range(1, 20)]  # MMMU: image_1 ... image_7
-    return [each for each in numbered if not is_empty(each)]
+    return {i: each for i, each in enumerate(numbered) if not is_empty(each)}
 
 
 def require_no_media(row: Mapping[str, Any], spec: Spec) -> None:

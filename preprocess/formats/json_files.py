@@ -12,6 +12,7 @@ import re
 import weakref
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -261,6 +262,20 @@ _IDS: Mapping[str, tuple[str, ...]] = {
 """By what the objects of a list are joined to others: the first of these that they have."""
 
 
+def _plain_id(found: Any) -> Any:
+    """Gives an id as one value, however two lists write it: 7 and 7.0, "é" and its escape.
+
+    >>> _plain_id(7.0), _plain_id("\xc3\xa9") == _plain_id("\xe9")
+    (7, True)
+    """
+    if isinstance(found, float) and found.is_integer():
+        return int(found)
+    if isinstance(found, str):
+        with suppress(UnicodeError):  # what was escaped is not UTF-8
+            return found.encode("latin-1").decode()
+    return found
+
+
 @dataclass(slots=True)
 class _Table:
     """Where the objects of a list are, and by what they are joined to others."""
@@ -282,6 +297,7 @@ class _Table:
         found = next((value[name] for name in self.names if value.get(name) is not None), None)
         if found is None:
             return
+        found = _plain_id(found)
         whole = isinstance(found, int) and -(2**63) <= found < 2**63
         self.ids.append(found if whole else hash_text(json.dumps(found)) - 2**63)
         self.boxes.append("bbox" in value and "caption" not in value and not value.get("iscrowd"))

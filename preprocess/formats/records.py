@@ -505,15 +505,18 @@ class _Tar(Sequence[Row]):
 
     def __getitem__(self, i: Any) -> Any:
         key, members = "", {}
+        row: dict[str, Any] = {}
         stream = io.BytesIO(self._file.read(self._starts[i], self._stops[i]))
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 if member.isfile():
                     key, suffix = _stem(member.name)
                     start = member.offset_data
+                    if suffix in members:  # which of them is meant cannot be known
+                        row[BROKEN] = self._twice(key, f".{suffix}")
                     members[suffix] = stream.getbuffer()[start : start + member.size].tobytes()
-        row: dict[str, Any] = {}
         images: dict[str, bytes] = {}
+        texts: set[str] = set()
         for suffix, payload in members.items():
             last = "." + suffix.rpartition(".")[2]
             if last in IMAGES:
@@ -524,14 +527,21 @@ class _Tar(Sequence[Row]):
             elif last in (".txt", ".caption"):
                 where = f"{self._name}: {key}.{suffix}"
                 try:
-                    row["text"] = decoded(payload, where=where, encoding=self._encoding)
+                    texts.add(decoded(payload, where=where, encoding=self._encoding))
                 except SampleError as error:
                     row[BROKEN] = error
-        if images:  # members win over fields of the same name
+        if len(texts) > 1:
+            row[BROKEN] = self._twice(key, "text")
+        if texts:  # a member wins over a field of the same name
+            row["text"] = texts.pop()
+        if images:  # as members do here
             row = {name: value for name, value in row.items() if name not in ("images", "url")}
             found = [images[suffix] for suffix in _in_order(list(images))]
             row["image"] = found[0] if len(found) == 1 else found
         return {**row, "id": key}
+
+    def _twice(self, key: str, name: str) -> SampleError:
+        return SampleError("row_members", where=f"{self._name}: {key}", name=name)
 
 
 def _stem(name: str) -> tuple[str, str]:

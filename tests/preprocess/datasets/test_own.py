@@ -649,6 +649,39 @@ def test_images_are_found_from_the_folders_around_the_rows(rows, tmp_path):
     assert dataset[0]["image"][0].read_bytes() == photo(0)
 
 
+@pytest.mark.parametrize("kind", ["files", "folders of images", "below", "spec"])
+def test_images_are_those_beside_the_file_that_names_them(kind, tmp_path, inline_cli):
+    below = "photos" if kind == "below" else ""
+    for i, folder in enumerate(("x", "y", "y/z")):
+        place = tmp_path / "rows" / folder
+        (place / below).mkdir(parents=True)
+        (place / below / "1.png").write_bytes(photo(i))
+        if kind == "folders of images":
+            (place / "1.txt").write_text(folder)
+        else:
+            row = {"image": "1.png", "caption": folder}
+            (place / "rows.jsonl").write_text(json.dumps(row))
+    source = tmp_path / "rows"
+    if kind == "folders of images":
+        source = f"{source}/*"
+    elif kind == "spec":
+        source = tmp_path / "a.toml"
+        source.write_text('format = "captions"\nsource = "rows/*/**/*.jsonl"\nvalidation = 0.5\n')
+    elif kind == "files":
+        told = inline_cli.good("inspect", source).out
+        assert f"of {source}/y/rows.jsonl: below {source}/y\n" in told
+    names = ["x", "y", "y/z"]
+    splits = ("train", "validation") if kind == "spec" else ("train",)
+    found = {}
+    for split in splits:
+        dataset = dataset_class(str(source))(split)
+        for i in range(len(dataset)):
+            example = dataset[i]
+            (message,) = example["message_list"]
+            found[message["text"]] = example["image"][0].read_bytes()
+    assert found == {name: photo(i) for i, name in enumerate(names)}
+
+
 def test_hidden_files_and_answers_are_not_rows_of_their_own(tmp_path):
     for name in ("a.jsonl", ".ipynb_checkpoints/a.jsonl", "__MACOSX/._a.jsonl", ".b.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

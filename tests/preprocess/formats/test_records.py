@@ -296,6 +296,27 @@ def test_hidden_files_of_a_folder_are_not_looked_at(tmp_path):
     assert row == {"text": "A door.", "image": "a.png", "id": "a.png"}
 
 
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"jpg": b"a", "JPG": b"b", "txt": b"A."},
+        {"jpg": b"a", "txt": b"A.", "TXT": b"B."},
+        {"jpg": b"a", "question.txt": b"A?", "answer.txt": b"B."},
+        {"jpg": b"a", "json": b"{}", "Json": b"{}"},
+    ],
+)
+def test_sample_of_a_tar_with_two_members_for_one_column_is_one_bad_row(members, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for key, found in (("1", members), ("2", {"jpg": b"c", "txt": b"A.", "caption": b"A."})):
+            for suffix, payload in found.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(payload)
+                archive.addfile(info, io.BytesIO(payload))
+    bad, good = open_records(str(tmp_path / "a.tar"))
+    assert bad[BROKEN].reason == "row_members"
+    assert good == {"image": b"c", "text": "A.", "id": "2"}
+
+
 def test_text_of_a_tar_that_is_not_utf8_is_one_bad_row(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name, payload in (("0.txt", b"\xef\xbb\xbfgood"), ("1.txt", b"caf\xe9")):
@@ -468,7 +489,7 @@ def test_offsets_of_an_array_are_right_wherever_chunks_end(
     assert list(open_records(str(tmp_path / "a.json"))) == rows
 
 
-_ids = st.integers(-2, 3) | st.sampled_from(["2", "ü", "COCO_9"])
+_ids = st.integers(-2, 3) | st.sampled_from(["2", 2.0, "ü", "COCO_9"])
 _texts = st.text(max_size=4)
 
 
@@ -529,7 +550,8 @@ def test_files_whose_rows_are_joined_are_read_as_if_they_were_in_memory(
         "gqa": members,
     }
     for name, document in documents.items():
-        text = json.dumps(document, ensure_ascii=ascii_only, indent=chunk % 2 or None)
+        escaped = ascii_only != (name == "annotations")  # two files, of two writers
+        text = json.dumps(document, ensure_ascii=escaped, indent=chunk % 2 or None)
         (tmp_path / f"{name}.json").write_text(text, encoding="utf-8", errors="surrogatepass")
     found = {name: list(open_records(str(tmp_path / f"{name}.json"))) for name in documents}
     assert found["questions"] == _vqa(questions, answers)

@@ -130,6 +130,23 @@ def test_images_of_a_question_stay_where_their_placeholders_are(
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"image_1": "a", "image_2": None, "image_3": "c"},
+        {"image": ["a", None, "c"]},
+        {"images": ["a", {"bytes": None, "path": None}, "c", None]},
+    ],
+)
+def test_empty_place_between_images_keeps_its_number(row):
+    row = {**row, "answer": "x"}
+    got, found = message({**row, "question": "Is <image 3> in <image 1>?"}, "vqa")
+    assert (got["question"], found) == ("Is <|image|> in <|image|>?", ["c", "a"])
+    with pytest.raises(SampleError) as caught:
+        message({**row, "question": "Is <image 2> in <image 1>?"}, "vqa")
+    assert caught.value.reason == "placeholder_without_image"
+
+
+@pytest.mark.parametrize(
     "row, reason",
     [
         ({"question": "In <image 2>?", "image_1": "a"}, "placeholder_without_image"),
