@@ -80,6 +80,8 @@ PROBED_IMAGES = 50
 MAX_BASES = 200
 """Folders that are tried."""
 
+_COMPARED_BYTES = 2**20
+
 _BASE = "__base__"
 """Field of a row whose image names start elsewhere than those of most rows."""
 
@@ -199,7 +201,7 @@ class OwnDataset(DatasetBase):
         parts: list[Sequence[Mapping[str, Any]]]
         parts = [part for each in records for part in each.parts]
         bases = _bases(self.spec, files, self.folder)
-        base, self.image_names = _likely_base(self.spec, parts, bases)
+        base, self.image_names = _likely_base(_first_names(self.spec, parts, bases), bases)
         self.base = base
         """Folder or URL that image names start from, where a row does not say another."""
         self.other_bases = others = self._other_bases(records)
@@ -242,15 +244,16 @@ class OwnDataset(DatasetBase):
             place = each.files[0]
             folder = place if is_folder(place) else place.rpartition("/")[0]
             folders.setdefault(folder, []).append(each)
-        if self.spec.images or len(folders) == 1:
+        if self.spec.images:
             return {}
         found: dict[str, str] = {}
         for beside in folders.values():
             files = [name for each in beside for name in each.files]
             own = _bases(self.spec, files, self.folder)
-            parts = [part for each in beside for part in each.parts]
+            names = _first_names(self.spec, [part for each in beside for part in each.parts], own)
             # Of equally many the first wins, so `base` is the last one.
-            base, (number, _) = _likely_base(self.spec, parts, [*own, self.base])
+            base, (number, _) = _likely_base(names, [*own, self.base])
+            _require_one_folder(names, base, own, where=files[0])
             if base != self.base and (number or "://" in base):
                 found |= dict.fromkeys(files, base)
         return found
@@ -651,26 +654,32 @@ def _folders(folder: Path) -> list[Path]:
         return []
 
 
-def _likely_base(
+def _first_names(
     spec: Spec, parts: Sequence[Sequence[Mapping[str, Any]]], bases: Sequence[str]
-) -> tuple[str, tuple[int, int]]:
-    """Chooses the place under which most of the first image names exist.
+) -> list[str]:
+    """Lists the first names of images and videos of rows; [] where nobody can look for them."""
+    names: list[str] = []
+    if "://" in bases[0]:
+        return names
+    for row in (part[i] for part in parts for i in range(min(len(part), PROBED_IMAGES))):
+        try:
+            found = parse_row(row, spec) if BROKEN not in row else {}
+            images = [*found.get("image", ()), *_listed(found.get("video"))]
+        except SampleError:
+            continue
+        names += [each for each in images if isinstance(each, str) and "://" not in each]
+        names = [each for each in names if not each.startswith("data:")]
+        if len(names) >= PROBED_IMAGES:
+            break
+    return names
+
+
+def _likely_base(names: Sequence[str], bases: Sequence[str]) -> tuple[str, tuple[int, int]]:
+    """Chooses the place under which most image names exist, the first of equally good ones.
 
     Returns:
       The place, and of how many names how many exist there; (0, 0) where none was looked at.
     """
-    names: list[str] = []
-    if "://" not in bases[0]:
-        for row in (part[i] for part in parts for i in range(min(len(part), PROBED_IMAGES))):
-            try:
-                found = parse_row(row, spec) if BROKEN not in row else {}
-                images = [*found.get("image", ()), *_listed(found.get("video"))]
-            except SampleError:
-                continue
-            names += [each for each in images if isinstance(each, str) and "://" not in each]
-            names = [each for each in names if not each.startswith("data:")]
-            if len(names) >= PROBED_IMAGES:
-                break
     best, most = bases[0], -1
     for base in bases:
         number = sum(_exists(Path(base, name)) for name in names)
@@ -679,6 +688,41 @@ def _likely_base(
         if most == len(names):
             break
     return best, (most, len(names))
+
+
+def _require_one_folder(
+    names: Sequence[str], base: str, bases: Sequence[str], *, where: str
+) -> None:
+    """Refuses names that mean other files in a folder beside the chosen one: images and masks.
+
+    The folder of the rows goes before those below it, and these before the others.
+
+    Raises:
+      SourceError: `source_folders`.
+    """
+    there = [name for name in names if _exists(Path(base, name))]
+    if not there or base == bases[0]:
+        return
+    for other in bases:
+        if other == base or Path(other).parent != Path(base).parent or other == bases[0]:
+            continue
+        if all(_exists(Path(other, name)) for name in there) and any(
+            _differ(Path(base, name), Path(other, name)) for name in there
+        ):
+            raise SourceError("source_folders", where=where, name=there[0], folders=[base, other])
+
+
+def _differ(path: Path, other: Path) -> bool:
+    """Tells two files apart, by their beginnings where they are long."""
+    try:
+        if path.samefile(other):
+            return False
+        if path.stat().st_size != other.stat().st_size:
+            return True
+        with path.open("rb") as one, other.open("rb") as two:
+            return one.read(_COMPARED_BYTES) != two.read(_COMPARED_BYTES)
+    except OSError:  # it is refused when it is read
+        return False
 
 
 def _common_folder(places: Sequence[str]) -> str:

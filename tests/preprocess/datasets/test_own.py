@@ -649,7 +649,7 @@ def test_images_are_found_from_the_folders_around_the_rows(rows, tmp_path):
     assert dataset[0]["image"][0].read_bytes() == photo(0)
 
 
-@pytest.mark.parametrize("kind", ["files", "folders of images", "below", "spec"])
+@pytest.mark.parametrize("kind", ["files", "folders of images", "below", "spec", "store"])
 def test_images_are_those_beside_the_file_that_names_them(kind, tmp_path, inline_cli):
     below = "photos" if kind == "below" else ""
     for i, folder in enumerate(("x", "y", "y/z")):
@@ -670,6 +670,10 @@ def test_images_are_those_beside_the_file_that_names_them(kind, tmp_path, inline
     elif kind == "files":
         told = inline_cli.good("inspect", source).out
         assert f"of {source}/y/rows.jsonl: below {source}/y\n" in told
+    elif kind == "store":
+        url = f"memory://{tmp_path.name}"
+        fsspec.filesystem("memory").put(str(source), f"/{tmp_path.name}", recursive=True)
+        source = url
     names = ["x", "y", "y/z"]
     splits = ("train", "validation") if kind == "spec" else ("train",)
     found = {}
@@ -678,8 +682,47 @@ def test_images_are_those_beside_the_file_that_names_them(kind, tmp_path, inline
         for i in range(len(dataset)):
             example = dataset[i]
             (message,) = example["message_list"]
-            found[message["text"]] = example["image"][0].read_bytes()
+            (image,) = example["image"]
+            read = image.read if kind == "store" else image.read_bytes
+            found[message["text"]] = read()
     assert found == {name: photo(i) for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize(
+    "rows, other, reason",
+    [
+        ("rows.jsonl", "photos/1.png", ""),  # nothing else has the name
+        ("rows.jsonl", "masks/1.png", "source_folders"),
+        ("rows.jsonl", "copies/1.png", ""),  # the same picture
+        ("rows.jsonl", "1.png", ""),  # beside the rows
+        ("rows.jsonl", "masks/2.png", ""),
+        ("annotations/a.jsonl", "train/1.png", "source_folders"),
+        ("annotations/a.jsonl", "annotations/below/1.png", ""),
+        ("annotations/a.jsonl", "annotations/1.png", ""),
+    ],
+)
+def test_names_that_mean_others_in_another_folder_are_refused(rows, other, reason, tmp_path):
+    for i, name in enumerate(dict.fromkeys(["photos/1.png", other])):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(photo(0 if "copies" in name else i))
+    (tmp_path / rows).parent.mkdir(exist_ok=True)
+    (tmp_path / rows).write_text(json.dumps({"image": "1.png", "caption": "A."}))
+    chosen = "photos/1.png" if rows == "rows.jsonl" and other != "1.png" else other
+    if reason:
+        with pytest.raises(SourceError) as caught:
+            dataset_class(str(tmp_path / rows))()
+        assert caught.value.reason == reason
+        assert {Path(each).name for each in caught.value.facts["folders"]} == {
+            "photos",
+            Path(other).parent.name,
+        }
+        spec = tmp_path / "a.toml"
+        spec.write_text(f'format = "captions"\nsource = "{rows}"\nimages = "photos"\n')
+        dataset, chosen = dataset_class(str(spec))(), "photos/1.png"
+    else:
+        dataset = dataset_class(str(tmp_path / rows))()
+    (image,) = dataset[0]["image"]
+    assert image.read_bytes() == (tmp_path / chosen).read_bytes()
 
 
 def test_hidden_files_and_answers_are_not_rows_of_their_own(tmp_path):
