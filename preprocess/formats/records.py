@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from preprocess.formats.class_names import class_features, with_class_names
 from preprocess.formats.copies import (
     PACKED,
     local_copy,
@@ -309,6 +310,7 @@ class _Table(Sequence[Row]):
 
     def __init__(self, tables: Sequence[Any]) -> None:
         self._tables = list(tables)
+        self._classes = class_features(self._tables[0].schema) if self._tables else {}
         self._starts = [0]
         for table in self._tables:
             self._starts.append(self._starts[-1] + table.num_rows)
@@ -318,7 +320,8 @@ class _Table(Sequence[Row]):
 
     def __getitem__(self, i: Any) -> Any:
         part = bisect_right(self._starts, i) - 1
-        return self._tables[part].slice(i - self._starts[part], 1).to_pylist()[0]
+        row = self._tables[part].slice(i - self._starts[part], 1).to_pylist()[0]
+        return with_class_names(row, self._classes)
 
 
 class _Groups(Sequence[Row]):
@@ -327,7 +330,8 @@ class _Groups(Sequence[Row]):
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name
         self._starts = [0]
-        metadata = self._file().metadata
+        file = self._file()
+        metadata, self._classes = file.metadata, class_features(file.schema_arrow)
         for group in range(metadata.num_row_groups):
             self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
         self._held: tuple[int, Any] = (-1, None)
@@ -346,7 +350,8 @@ class _Groups(Sequence[Row]):
         if held[0] != group:
             held = self._held = (group, self._read(group))
         try:
-            return held[1].slice(i - self._starts[group], 1).to_pylist()[0]
+            row = held[1].slice(i - self._starts[group], 1).to_pylist()[0]
+            return with_class_names(row, self._classes)
         except UnicodeDecodeError as error:
             where = f"{self._name} row {i + 1}"
             return {BROKEN: SampleError("row_json", where=where, error=str(error)[:80])}

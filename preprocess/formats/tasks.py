@@ -10,6 +10,7 @@ import tokenize
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from preprocess.formats.class_names import ClassName
 from preprocess.formats.conversations import MARK, has_placeholder, place_images, without_marks
 from preprocess.formats.images import require_no_media, row_images
 from preprocess.formats.spec import UNITS, Spec
@@ -471,6 +472,8 @@ def _answer_idx(
       SampleError: `row_answer`: it is none of them, or the number or letter of one option and the
         text of another.
     """
+    if isinstance(answer, ClassName) and answer not in (*options, *labels):
+        answer = answer.number  # whose name may be a number from 1
     if isinstance(answer, bool) or not isinstance(answer, int | str):
         found: set[int] = set()
     else:
