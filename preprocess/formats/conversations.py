@@ -309,6 +309,7 @@ def place_images(question: str, row: Mapping[str, Any], spec: Spec) -> tuple[str
     given = _given(row, spec)
     marked = given.marked(question)
     if not given.placed and not given.videos.placed:
+        _require_placeholders(given, spec)
         return question, given.column
     texts, images, _ = _placed([marked], given, spec)
     return texts[0], images

@@ -129,6 +129,26 @@ def test_images_of_a_question_stay_where_their_placeholders_are(
     assert (got["question"], found) == (want, placed)
 
 
+@pytest.mark.parametrize("name", ["vqa", "captions", "points", "boxes"])
+def test_missing_placeholder_of_a_question_can_be_refused(name):
+    rest = {
+        "answer": "x",
+        "caption": "x",
+        "label": "x",
+        "points": [[1, 2]],
+        "boxes": [[1, 2, 3, 4]],
+    }
+    spec = Spec(name="own", format=name, box="xyxy", missing_placeholder="refuse")
+    row = {"image": "a", **rest}
+    assert parse_row({**row, "question": "<image> What?"}, spec)["image"] == ["a"]
+    with pytest.raises(SampleError) as caught:
+        parse_row({**row, "question": "What?"}, spec)
+    assert caught.value.reason == "image_without_placeholder"
+    without = {key: value for key, value in row.items() if key != "image"}
+    if name == "vqa":
+        assert "image" not in parse_row({**without, "question": "What?"}, spec)
+
+
 @pytest.mark.parametrize(
     "row",
     [
