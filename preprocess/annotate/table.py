@@ -150,11 +150,7 @@ def _parsed(url: str, payload: bytes) -> Any:
 
             return pyarrow.parquet.read_table(stream)
         if ending == "csv":
-            import pyarrow.csv
-
-            # Keys stay as they are written: 0012 is no number.
-            options = pyarrow.csv.ConvertOptions(column_types={KEY: pa.string()})
-            return pyarrow.csv.read_csv(stream, convert_options=options)
+            return _csv_table(payload)
         if ending in ("jsonl", "ndjson"):
             import pyarrow.json
 
@@ -163,6 +159,34 @@ def _parsed(url: str, payload: bytes) -> Any:
         problem = str(error).splitlines()[0]
         raise SourceError("columns_file.unreadable", where=url, error=problem) from error
     raise SourceError("columns_file.ending", where=url, ending=ending[:20])
+
+
+def _csv_table(payload: bytes) -> Any:
+    """Reads a CSV file: 0012 is not a number but a text, and an empty cell is no value."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.csv
+
+    def read(texts: list[str]) -> Any:
+        options = pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(texts, pa.string()), strings_can_be_null=texts != [KEY]
+        )
+        return pyarrow.csv.read_csv(io.BytesIO(payload), convert_options=options)
+
+    table = read([KEY])
+    kinds = [field.type for field in table.schema]
+    numbers = [i for i, kind in enumerate(kinds) if kind in (pa.int64(), pa.float64())]
+    written = read([table.column_names[i] for i in numbers]) if numbers else table
+    for i, name in enumerate(table.column_names):
+        column = table.column(i)
+        if i in numbers:
+            column = written.column(i)
+            if not pc.any(pc.match_substring_regex(column, "^[ \t]*[+-]?0[0-9]")).as_py():
+                continue
+        elif kinds[i] == pa.string() and name != KEY:
+            column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+        table = table.set_column(i, name, column)
+    return table
 
 
 def _keys(column: Any, *, where: str) -> np.ndarray:

@@ -318,6 +318,39 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(name, source, tmp_path):
     assert caught.value.reason == "columns_file"
 
 
+def test_numbers_of_a_csv_with_leading_zeros_stay_as_they_are_written(tmp_path):
+    cells = {
+        "code": ["007", "12"],
+        "part": ["00.5", "1.5"],
+        "signed": ["-01", "3"],
+        "plain": ["0", "-0.5"],
+        "whole": ["0", "10"],
+    }
+    rows = [",".join(["key", *cells])]
+    rows += [",".join([f"k{i}", *(each[i] for each in cells.values())]) for i in range(2)]
+    (tmp_path / "c.csv").write_text("\n".join(rows))
+    found = {
+        name: each.tolist() for name, each in read_table(str(tmp_path / "c.csv")).values.items()
+    }
+    want = {name: [cell.encode() for cell in each] for name, each in cells.items()}
+    assert found == {**want, "plain": [0.0, -0.5], "whole": [0, 10]}
+
+
+@pytest.mark.parametrize("cells", [["cc0", ""], ["007", ""], ["1", ""]])
+def test_empty_cell_of_a_csv_is_missing(cells, source, tmp_path):
+    (tmp_path / "c.csv").write_text(
+        "key,code\n" + "".join(f"sample-{i:04d},{cells[i % 2]}\n" for i in range(NUM))
+    )
+    with pytest.raises(ConfigError) as caught:
+        add(source, tmp_path / "c.csv", tmp_path / "out")
+    assert caught.value.reason == "columns_incomplete"
+    add(source, tmp_path / "c.csv", tmp_path / "out", missing={"code": "5"})
+    whole = cells[0] == "1"
+    want = [1, 5] if whole else [cells[0].encode(), b"5"]
+    found = values(tmp_path / "out", ["code"])
+    assert [found[f"sample-{i:04d}"] for i in (0, 1)] == [[each] for each in want]
+
+
 def test_keys_of_a_csv_stay_as_they_are_written(tmp_path):
     (tmp_path / "c.csv").write_text("key,score\n0012,1\n12,2\n")
     assert read_table(str(tmp_path / "c.csv")).keys.tolist() == [b"0012", b"12"]
