@@ -525,7 +525,7 @@ class DatasetBase(Dataset):
             with suppress(SampleError), self.naming_row(number):
                 example = self._example(self.rows[number])
                 for each in [*example_images(example), *example_videos(example)]:
-                    if names.add(self._image_name(each)):
+                    if names.add(self._image_name(each, whole=True)):
                         yield each
 
     def _marks(self) -> Iterator[tuple[int, int, bool]]:
@@ -559,14 +559,17 @@ class DatasetBase(Dataset):
             names = [json.dumps(example["message_list"], sort_keys=True)]
         return hash_text("\0".join([self.split_salt, *names]))
 
-    def _image_name(self, image: ImageSource | VideoSource) -> str:
+    def _image_name(self, image: ImageSource | VideoSource, *, whole: bool = False) -> str:
+        """Names an image: the same wherever its folder is; or `whole`, as no other folder does."""
         if isinstance(image, PageImage):  # all pages of a document are of one split
             image = image.document
-        base = self.rows.base
-        if isinstance(image, Path) and base and image.is_relative_to(base):
-            image = image.relative_to(base)  # the same wherever the folder is
+        bases = () if whole else self.rows.bases
+        if isinstance(image, Path):
+            base = next((base for base in bases if image.is_relative_to(base)), None)
+            return str(image if base is None else image.relative_to(base))
         if isinstance(image, RemoteImage):
-            return image.url.removeprefix(f"{base.rstrip('/')}/" if base else "")
+            starts = (f"{base.rstrip('/')}/" for base in bases)
+            return image.url.removeprefix(next(filter(image.url.startswith, starts), ""))
         return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(image)
 
 

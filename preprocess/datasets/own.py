@@ -229,7 +229,8 @@ class OwnDataset(DatasetBase):
             [lambda part=part: part for part in parts],  # type: ignore[misc]
             lengths=[len(part) for part in parts],
             kind=kind,
-            base=_common_folder([base, *others.values()]),
+            base=base,
+            above=_common_folder([base, *others.values()]) if others else "",
             layout=layout,
             origins=[(name, 0) for each in records for name in each.files],
         )

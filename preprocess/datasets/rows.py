@@ -47,6 +47,7 @@ class Rows(Sequence[Mapping[str, Any]]):
         lengths: Sequence[int],
         kind: Mapping[str, Any],
         base: str = "",
+        above: str = "",
         layout: SplitLayout | None = None,
         origins: Sequence[tuple[str, int]] = (),
     ) -> None:
@@ -57,6 +58,7 @@ class Rows(Sequence[Mapping[str, Any]]):
           lengths: Rows of each.
           kind: What the manifest says of the source.
           base: Folder or URL that relative image names start from.
+          above: Folder or URL that all images are below, where some names start elsewhere.
           layout: Which files of a folder make which split.
           origins: Of each piece, its file below the folder and the number of its first row there.
         """
@@ -68,6 +70,7 @@ class Rows(Sequence[Mapping[str, Any]]):
         self._last, self._jumped = 0, False
         self.kind = dict(kind)
         self.base = base
+        self.bases = tuple(filter(None, (base, above)))
         self.layout = layout
         self._origins = origins
 

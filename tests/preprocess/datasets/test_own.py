@@ -688,6 +688,32 @@ def test_images_are_those_beside_the_file_that_names_them(kind, tmp_path, inline
     assert found == {name: photo(i) for i, name in enumerate(names)}
 
 
+def test_rows_stay_in_their_split_when_another_folder_comes(tmp_path):
+    spec = tmp_path / "a.toml"
+    spec.write_text('format = "captions"\nsource = "rows"\nvalidation = 0.5\n')
+
+    def splits(*folders):
+        for folder in folders:
+            place = tmp_path / "rows" / folder
+            place.mkdir(parents=True)
+            rows = [{"image": f"{i}.png", "caption": f"{folder} {i}"} for i in range(12)]
+            (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            for row in rows:
+                (place / row["image"]).write_bytes(b"")
+        opened = {split: dataset_class(str(spec))(split) for split in ("train", "validation")}
+        held_out = {path for path in opened["train"].held_out()}
+        assert held_out == {path for example in opened["validation"] for path in example["image"]}
+        return {
+            example["message_list"][0]["text"]: split
+            for split, dataset in opened.items()
+            for example in dataset
+        }
+
+    before, after = splits("x"), splits("y", "z")
+    assert (len(before), len(after)) == (12, 36)
+    assert after.items() >= before.items()
+
+
 @pytest.mark.parametrize(
     "rows, other, reason",
     [
