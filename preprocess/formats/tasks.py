@@ -235,7 +235,8 @@ def _objects(value: Any) -> tuple[Any, Any]:
     if isinstance(value, list | tuple) and value and all(isinstance(v, Mapping) for v in value):
         pairs = [_objects(each) for each in value]
         given = [label for _, label in pairs]
-        return [box for box, _ in pairs], None if None in given else given
+        unnamed = all(label is None for label in given)
+        return [box for box, _ in pairs], None if unnamed else given
     return value, None
 
 

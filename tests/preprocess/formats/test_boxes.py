@@ -39,6 +39,17 @@ def test_labels_in_a_cell_of_a_table_are_one_for_each_box():
     assert [each["label"] for each in json.loads(told)] == ["cup", "hat"]
 
 
+def test_object_without_a_label_beside_others_is_refused_and_not_the_labels_dropped():
+    objects = [{"bbox": [50, 40, 100, 80], "category": "cup"}, {"bbox": [0, 0, 20, 10]}]
+    row = {"question": "Where?", "objects": objects}
+    with pytest.raises(SampleError) as caught:
+        answer(row, spec())
+    assert (caught.value.reason, caught.value.facts["name"]) == ("message_fields", "label")
+    del objects[0]["category"]
+    _, told = answer(row, spec())
+    assert ["label" in each for each in json.loads(told)] == [False, False]
+
+
 @pytest.mark.parametrize("unit", FORMS)
 @pytest.mark.parametrize("i, form", list(enumerate(["xyxy", "xywh", "cxcywh"])))
 def test_a_box_reads_the_same_in_every_form_and_unit(unit, i, form):
