@@ -9,6 +9,7 @@ DATASET=package.mine:MyData   the same of an installed package
 
 from __future__ import annotations
 
+import glob
 import importlib
 import importlib.util
 import inspect
@@ -54,6 +55,7 @@ from preprocess.formats import (
     holds_rows,
     is_empty,
     is_folder,
+    is_hidden,
     open_records,
     parse_row,
     read_spec,
@@ -420,26 +422,22 @@ def list_files(source: str) -> list[str]:
     if (path / MANIFEST_NAME).is_file() and (imported := imported_tars(source)):
         return list(imported)
     if any(c in source for c in "*?[{"):
-        found = {
-            str(each)
-            for pattern in map(Path, _alternatives(source))
-            for anchor in [next(p for p in pattern.parents if not _WILD.search(str(p)))]
-            for each in anchor.glob(str(pattern.relative_to(anchor)))
-        }
+        found = sorted({name for each in _alternatives(source) for name in _matching(each)})
         if not found:
             raise SourceError("source_missing.file", where=source)
-        return [
-            name
-            for each in sorted(found)
-            for name in (list_files(each) if Path(each).is_dir() else [each])
-        ]
+        answers = {name for each in found for name in annotation_names(each)}
+        listed = [list_files(each) if Path(each).is_dir() else [each] for each in found]
+        return [*dict.fromkeys(name for names in listed for name in names if name not in answers)]
     if not path.is_dir():
         raise SourceError("source_missing.file", where=source)
+    return _rows_of(source, [name for name in _visible(source) if (path / name).is_file()])
+
+
+def _visible(folder: str) -> list[str]:
     try:
-        names = visible_names(source)
+        return visible_names(folder)
     except OSError as error:
-        raise SourceError("source_unreadable", where=source, error=error) from error
-    return _rows_of(source, [name for name in names if (path / name).is_file()])
+        raise SourceError("source_unreadable", where=folder, error=error) from error
 
 
 def _rows_of(folder: str, names: Sequence[str]) -> list[str]:
@@ -462,6 +460,25 @@ def _stem(name: str) -> str:
 
 
 _WILD = re.compile(r"[*?\[]")
+
+
+def _matching(pattern: str) -> Iterator[str]:
+    """Finds the local files and folders that a pattern without `{a,b}` names; hidden ones only
+    where it names them itself."""
+    path = Path(pattern)
+    anchor = next(p for p in path.parents if not _WILD.search(str(p)))
+    below = str(path.relative_to(anchor))
+    if below.count("**") == 1 and path.name == "**":  # all that is in these folders
+        below = str(Path(below).parent)
+    if "**" in below:  # no library does it without going round links that lead back
+        for each in _visible(str(anchor)) if anchor.is_dir() else ():
+            if matches(each, below) and (path.name != "**" or holds_rows(each)):
+                yield str(anchor / each)
+        return
+    for each in glob.iglob(below, root_dir=anchor):
+        place = anchor / each
+        if is_hidden(f"{below}/") or not is_hidden(f"{each}/" if place.is_dir() else each):
+            yield str(place)
 
 
 def _alternatives(pattern: str) -> list[str]:
@@ -494,7 +511,10 @@ def _list_objects(source: str) -> list[str]:
     found = [
         f"{scheme}://{base}/{each.name}"
         for each in storage.list_objects(f"{scheme}://{base}")
-        if any(matches(each.name, pattern) for pattern in patterns)
+        if any(
+            matches(each.name, pattern) and (is_hidden(pattern) or not is_hidden(each.name))
+            for pattern in patterns
+        )
     ]
     answers = {name for each in found for name in annotation_names(each)}
     if not found:

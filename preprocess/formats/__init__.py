@@ -23,6 +23,7 @@ from preprocess.formats.records import (
     Records,
     holds_rows,
     is_folder,
+    is_hidden,
     open_records,
     visible_names,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "holds_rows",
     "is_empty",
     "is_folder",
+    "is_hidden",
     "local_copy",
     "open_records",
     "parse_messages",

@@ -378,6 +378,18 @@ def _open_arrow(path: Path, name: str) -> Sequence[Row]:  # noqa: ARG001
         return _Table([reader.get_batch(i) for i in range(reader.num_record_batches)])
 
 
+_HIDDEN = re.compile(r"(?:^|/)(?:\.(?!\.?/)|__[^/]*/)")
+
+
+def is_hidden(name: str) -> bool:
+    """Tells whether a relative path is of a hidden file, or below a folder that nobody looks into.
+
+    >>> [is_hidden(name) for name in (".a", "a/._b", "__MACOSX/a", "a/__b", "../a")]
+    [True, True, True, False, False]
+    """
+    return _HIDDEN.search(name) is not None
+
+
 def visible_names(folder: str) -> list[str]:
     """Lists the files below a folder, local or of a store, sorted: paths relative to it.
 
@@ -398,15 +410,18 @@ def _scan(folder: str) -> Iterator[tuple[str, frozenset[str]]]:
     if storage.is_local(folder):
         yield from _scan_local(storage.local_path(folder), "")
         return
-    hidden = re.compile(r"(?:^|/)(?:\.|__[^/]*/)").search
     found = [each.name for each in storage.list_objects(folder)]
-    names = frozenset(name for name in found if not hidden(name))
+    names = frozenset(name for name in found if not is_hidden(name))
     yield from ((name, names) for name in sorted(names))
 
 
-def _scan_local(folder: Path, below: str) -> Iterator[tuple[str, frozenset[str]]]:
+def _scan_local(
+    folder: Path, below: str, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[tuple[str, frozenset[str]]]:
     # What is below a folder is sorted as the folder's name and "/".
     folders, files = {}, []
+    status = folder.stat()
+    above |= {(status.st_dev, status.st_ino)}
     with os.scandir(folder) as entries:
         for entry in entries:
             if not _is_folder(entry):
@@ -417,8 +432,11 @@ def _scan_local(folder: Path, below: str) -> Iterator[tuple[str, frozenset[str]]
     for name in sorted([*visible, *folders]):
         if name in visible:
             yield name, visible
-        elif not (folders[name] or name.startswith(".", len(below))):  # links are not followed
-            yield from _scan_local(folder / name[len(below) :], name)
+        elif not name.startswith(".", len(below)):
+            inside = folder / name[len(below) :]
+            # A link may lead to a folder that it is in.
+            if not (folders[name] and (inside.stat().st_dev, inside.stat().st_ino) in above):
+                yield from _scan_local(inside, name, above)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

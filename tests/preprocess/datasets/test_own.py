@@ -987,6 +987,45 @@ def test_patterns_name_files_wherever_they_are(s3_server, tmp_path):
             assert caught.value.reason == "source_missing"
 
 
+_PATTERNS = {
+    "": ["a/1.jsonl", "b/2.jsonl", "link/3.jsonl", "link/deep/4.jsonl"],
+    "/**": ["a/1.jsonl", "b/2.jsonl", "link/3.jsonl", "link/deep/4.jsonl"],
+    "/**/*.jsonl": ["a/1.jsonl", "b/2.jsonl", "link/3.jsonl", "link/deep/4.jsonl"],
+    "/*/*.jsonl": ["a/1.jsonl", "b/2.jsonl", "link/3.jsonl"],
+    "/*": ["a/1.jsonl", "b/2.jsonl", "link/3.jsonl", "link/deep/4.jsonl"],
+    "/*/**": ["a/1.jsonl", "b/2.jsonl", "link/3.jsonl", "link/deep/4.jsonl"],
+    "/**/deep/**": ["link/deep/4.jsonl"],
+    "/{a,link}": ["a/1.jsonl", "link/3.jsonl", "link/deep/4.jsonl"],
+    "/.hidden/*": [".hidden/0.jsonl"],
+    "/a/.*/*": ["a/.ipynb_checkpoints/1.jsonl"],
+    "/__old/*.jsonl": ["__old/0.jsonl"],
+    "/{b,__old}": ["__old/0.jsonl", "b/2.jsonl"],
+}
+
+
+@pytest.mark.parametrize("pattern", _PATTERNS)
+def test_folders_that_are_links_are_looked_into_and_hidden_ones_are_not(pattern, tmp_path):
+    source, disk = tmp_path / "in", tmp_path / "disk"
+    hidden = (".hidden/0", "a/.ipynb_checkpoints/1", "__old/0", "a/._1")
+    for name in ("in/a/1", "in/b/2", "disk/3", "disk/deep/4", *(f"in/{each}" for each in hidden)):
+        (tmp_path / f"{name}.jsonl").parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / f"{name}.jsonl").write_bytes(b"")
+    (source / "link").symlink_to(disk)
+    (disk / "deep" / "back").symlink_to(disk)
+    found = list_files(f"{source}{pattern}")
+    assert [each.removeprefix(f"{source}/") for each in found] == _PATTERNS[pattern]
+
+
+def test_images_below_a_link_have_their_side_files(tmp_path):
+    for place in ("in", "disk"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "1.png").write_bytes(photo(0))
+        (tmp_path / place / "1.txt").write_text(place)
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "disk")
+    dataset = dataset_class(str(tmp_path / "in"))()
+    assert [each["message_list"][0]["text"] for each in dataset] == ["in", "disk"]
+
+
 def test_folders_of_save_to_disk_hold_rows_and_no_lists(tmp_path):
     import datasets
 
