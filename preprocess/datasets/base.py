@@ -60,7 +60,7 @@ from preprocess.datasets.images import EpisodeFrame, RemoteImage, resolve_image
 from preprocess.datasets.rows import Rows, hub_rows, local_layout, local_rows
 from preprocess.datasets.splits import SplitLayout, Unmatched
 from preprocess.documents import PageImage, read_file
-from preprocess.formats import Subtitle, parse_messages, row_subtitles
+from preprocess.formats import Subtitle, parse_messages, row_subtitles, visible_names
 from preprocess.hash_table import TextSet
 from preprocess.media import encode_video
 from preprocess.synthetic import plan_clip, plan_scene, render, render_clip
@@ -416,7 +416,10 @@ class DatasetBase(Dataset):
         if source in ("hub", "sample") or not storage.is_local(source):
             return []
         path = Path(source)
-        return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        if not path.is_dir():
+            return [path]
+        found = {*path.rglob("*"), *(path / name for name in visible_names(source))}  # links, too
+        return sorted(each for each in found if each.is_file())
 
     @contextmanager
     def naming_row(self, number: int) -> Iterator[None]:

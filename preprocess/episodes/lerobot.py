@@ -30,6 +30,7 @@ from preprocess.episodes.episode import (
     EpisodeTable,
 )
 from preprocess.episodes.fields import field_text, pictures_first
+from preprocess.formats import visible_names
 from shardspec.errors import SampleError, SourceError
 
 ACTION = "action"
@@ -175,7 +176,9 @@ class LeRobotFolder:
         meta = self._folder / "meta"
         try:
             if self._is_v3:
-                files = sorted((meta / "episodes").rglob("*.parquet"))
+                folder = meta / "episodes"
+                names = visible_names(str(folder)) if folder.is_dir() else ()
+                files = [folder / name for name in names if name.endswith(".parquet")]
                 rows = [row for file in files for row in self._meta_rows(file)]
                 places = _with_ends([self._place_v3(row) for row in rows])
             else:

@@ -75,6 +75,21 @@ def reference_frames(folder, episodes):
     return found
 
 
+def test_folders_that_are_links_are_read_and_compared(folder, tmp_path):
+    linked = tmp_path / "x"
+    shutil.copytree(folder, linked)
+    for i, place in enumerate(sorted(linked.rglob("chunk-000"))):
+        place.rename(tmp_path / f"disk-{i}")
+        place.symlink_to(tmp_path / f"disk-{i}")
+
+    def names(root):
+        found = LeRobot.source_files(str(root), "train", unmatched="refuse")
+        return {str(path.relative_to(root)) for path in found}
+
+    assert len(windows(WindowPolicy())(source=str(linked))) == sum(LENGTHS)
+    assert names(linked) == names(folder)
+
+
 def test_frames_and_values_are_those_of_the_folder(folder, episodes):
     """Every camera's frame of every step: written as a colour, compared with a whole decode."""
     policy = WindowPolicy(history=3, history_hz=5.0, chunk=4, stride=2)
