@@ -484,7 +484,9 @@ class _Sides(Sequence[Row]):
                     row = {**row, **parsed}
                 else:
                     text = decoded(payload, where=where, encoding=self._encoding)
-                    row["text"] = text.replace("\r\n", "\n").replace("\r", "\n")
+                    text = text.replace("\r\n", "\n").replace("\r", "\n")
+                    if row.setdefault("text", text) != text:
+                        row[BROKEN] = SampleError("row_members", where=where, name="text")
             except (OSError, StorageError) as error:
                 if isinstance(error, StorageError) and not storage.is_local(where):
                     raise  # an outage is not the row's fault
