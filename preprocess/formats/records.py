@@ -408,7 +408,8 @@ def _scan(folder: str) -> Iterator[tuple[str, frozenset[str]]]:
     Of a local folder no more is held than the names of the folders that a file is below.
     """
     if storage.is_local(folder):
-        yield from _scan_local(storage.local_path(folder), "")
+        root = storage.local_path(folder)
+        yield from _scan_local(root, "", root.resolve())
         return
     found = [each.name for each in storage.list_objects(folder)]
     names = frozenset(name for name in found if not is_hidden(name))
@@ -416,7 +417,7 @@ def _scan(folder: str) -> Iterator[tuple[str, frozenset[str]]]:
 
 
 def _scan_local(
-    folder: Path, below: str, above: frozenset[tuple[int, int]] = frozenset()
+    folder: Path, below: str, root: Path, above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[tuple[str, frozenset[str]]]:
     # What is below a folder is sorted as the folder's name and "/".
     folders, files = {}, []
@@ -434,9 +435,19 @@ def _scan_local(
             yield name, visible
         elif not name.startswith(".", len(below)):
             inside = folder / name[len(below) :]
-            # A link may lead to a folder that it is in.
-            if not (folders[name] and (inside.stat().st_dev, inside.stat().st_ino) in above):
-                yield from _scan_local(inside, name, above)
+            if not (folders[name] and _leads_back(inside, root, above)):
+                yield from _scan_local(inside, name, root, above)
+
+
+def _leads_back(link: Path, root: Path, above: frozenset[tuple[int, int]]) -> bool:
+    """Returns True if a link leads to a folder that is found without it, or that it is in.
+
+    A link `latest` to the folder beside it would give all rows twice.
+    """
+    target, status = link.resolve(), link.stat()
+    if root.is_relative_to(target) or (status.st_dev, status.st_ino) in above:
+        return True
+    return target.is_relative_to(root) and not is_hidden(f"{target.relative_to(root)}/")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -1016,6 +1016,23 @@ def test_folders_that_are_links_are_looked_into_and_hidden_ones_are_not(pattern,
     assert [each.removeprefix(f"{source}/") for each in found] == _PATTERNS[pattern]
 
 
+def test_links_give_no_file_twice(tmp_path):
+    root = tmp_path / "above" / "in"
+    for name in ("v1/1.jsonl", "v1/deep/2.jsonl", ".store/3.jsonl"):
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
+        (root / name).write_bytes(b"")
+    links = {"latest": "v1", "part": "v1/deep", "here": ".", "up": "..", "back": root.parent}
+    for name, target in {**links, "stored": ".store", "v1/over": "../v1"}.items():
+        (root / name).symlink_to(target)
+    found = [each.removeprefix(f"{root}/") for each in list_files(str(root))]
+    assert found == ["stored/3.jsonl", "v1/1.jsonl", "v1/deep/2.jsonl"]
+    (tmp_path / "linked").symlink_to(root)
+    assert len(list_files(str(tmp_path / "linked"))) == 3
+    assert [*map(os.path.basename, list_files(f"{root}/**/*.jsonl"))] == [
+        *map(os.path.basename, found)
+    ]
+
+
 def test_images_below_a_link_have_their_side_files(tmp_path):
     for place in ("in", "disk"):
         (tmp_path / place).mkdir()
