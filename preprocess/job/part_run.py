@@ -44,13 +44,13 @@ from preprocess.job.pipeline import (
     check_sources,
     make_board,
     telling_end,
+    tidy,
     tidy_finished,
     write_run,
 )
 from preprocess.job.plan import Part
 from preprocess.job.planner import (
     Plan,
-    drop_plan,
     image_urls,
     load_plan,
     make_plan,
@@ -180,7 +180,7 @@ def _work_on(job: Job, part: Part, held: HeldPart, board: Board, engine: Engine)
         held.check()
         result = commit(job, plan, receipts)
         board.committed(result.sha256)
-    _tidy(job)
+    tidy(job)
     return PartOutcome(
         part=part,
         built_shards=built,
@@ -307,12 +307,3 @@ def _all_receipts(job: Job, plan: Plan) -> list[Receipt] | int:
     if len(receipts) < plan.num_shards:
         return plan.num_shards - len(receipts)
     return [receipts[shard] for shard in range(plan.num_shards)]
-
-
-def _tidy(job: Job) -> None:
-    """Removes what only an unfinished job needs; other parts may be about to do the same."""
-    if storage.is_local(job.settings.out):
-        storage.delete_temporaries(job.settings.out)
-    job.blobs.remove_tokens(job.key[:16])
-    forget_parts(job.settings.out, job.key)
-    drop_plan(job)

@@ -124,7 +124,7 @@ def run_job(settings: JobSettings, report: Reporter) -> Outcome:
         result, built = _make(job, board, promised, check_held)
         outcome = Outcome(result=result, built_shards=built, fresh=True, seconds=_since(started))
         write_run(job, outcome)
-        _tidy(job)
+        tidy(job)
     return outcome
 
 
@@ -164,7 +164,7 @@ def commit_job(settings: JobSettings, report: Reporter) -> Outcome:
         result = commit(job, plan, ordered)
         outcome = Outcome(result=result, built_shards=0, fresh=True, seconds=_since(started))
         write_run(job, outcome)
-        _tidy(job)
+        tidy(job)
     return outcome
 
 
@@ -223,11 +223,11 @@ def cache_token(job: Job) -> str:
 def tidy_finished(job: Job) -> None:
     """Removes what a run has left that ended between its commit and its end."""
     is_left = storage.exists(job.url("plan", job.settings.split))
-    tidy_up(job.settings.out, lambda: _tidy(job), is_left=is_left)
+    tidy_up(job.settings.out, lambda: tidy(job), is_left=is_left)
 
 
-def _tidy(job: Job) -> None:
-    """Removes what only an unfinished job needs."""
+def tidy(job: Job) -> None:
+    """Removes what only an unfinished job needs; other parts may be about to do the same."""
     storage.delete(job.scratch_of_all)
     if storage.is_local(job.settings.out):
         storage.delete_temporaries(job.settings.out)

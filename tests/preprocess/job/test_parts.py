@@ -308,13 +308,14 @@ def test_what_killed_writers_have_left_is_removed_by_whoever_completes_or_comes_
     make = partial(run_part if part else run_job, settings(tmp_path, part), Quiet())
 
     def leave():
+        (out / ".scratch" / "part-00001-of-00002").mkdir(parents=True)
         for name in UNFINISHED:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_bytes(b"half")
 
     leave()
     assert make().fresh
-    assert not [*out.rglob("*.tmp-*")]
+    assert not [*out.rglob("*.tmp-*"), *out.glob(".scratch")]
     leave()
     lease_of_another = out / LEASE_NAME
     lease_of_another.write_text(json.dumps({"job": "another", "host": "elsewhere", "pid": 1}))
@@ -329,7 +330,7 @@ def test_what_killed_writers_have_left_is_removed_by_whoever_completes_or_comes_
         patched.setattr(storage, "delete_temporaries", refuse)
         assert not make().fresh, "what can only be read is complete as well"
     assert not make().fresh
-    assert not [*out.rglob("*.tmp-*")]
+    assert not [*out.rglob("*.tmp-*"), *out.glob(".scratch")]
     assert not lease_of_another.exists()
 
 
