@@ -272,7 +272,9 @@ class Running:
         raise TimeoutError(f"waited {timeout_s} s for {condition}; stderr:\n{self.err()}")
 
     def signal_group(self, number):
-        os.killpg(self.pid, number)
+        """Sends a signal to the process and all its workers, unless all have ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
 
     def kill_group(self):
         """Kills the process and all its workers at once, as a power cut would."""
@@ -288,8 +290,7 @@ class Running:
         return [int(child) for child in children if b"spawn_main" in _command(int(child))]
 
     def close(self):
-        with contextlib.suppress(ProcessLookupError):
-            self.signal_group(signal.SIGKILL)
+        self.signal_group(signal.SIGKILL)
         self.process.wait(30)
 
 
@@ -313,6 +314,29 @@ class CommandLine:
         log = self.home / f"{len(self._started)}.err"
         self._started.append(Running(command, env=self.env, log=log))
         return self._started[-1]
+
+    def start_held(self, *args, when, undo=lambda: None):
+        """Starts a command and stops it, with its workers, in a state that it is in for a moment.
+
+        On a busy machine this process may look too late: then the command is started again.
+
+        Args:
+          args: Of the command.
+          when: Tells of the running command whether it is in that state.
+          undo: Removes what a command that got beyond that state has made.
+
+        Returns:
+          The command. A signal ends it as it is; SIGCONT lets it continue.
+        """
+        for _ in range(10):
+            running = self.start(*args)
+            running.wait_until(lambda running=running: when(running))
+            running.signal_group(signal.SIGSTOP)
+            if running.process.poll() is None and when(running):
+                return running
+            running.close()
+            undo()
+        raise AssertionError(f"the command was always over too soon:\n{running.err()}")
 
     def run(self, *args, timeout_s=120):
         running = self.start(*args)

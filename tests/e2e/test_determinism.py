@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,12 +68,15 @@ def num_receipts(folder):
     return len([*(folder / "out" / "receipts").glob("[!.]*.json")])
 
 
-def half_built(cli, source, folder, *, receipts=3):
-    """Starts a job and waits until some of its shards are finished."""
-    running = cli.start(*job(source, folder))
-    assert running.wait_until(lambda: num_receipts(folder) >= receipts)
-    assert running.process.poll() is None, "the job was over before it could be interrupted"
-    return running
+def held(cli, source, folder, when):
+    """Starts a job, and stops it in a state."""
+    undo = partial(shutil.rmtree, folder / "out")
+    return cli.start_held(*job(source, folder), when=when, undo=undo)
+
+
+def half_built(cli, source, folder):
+    """Starts a job, and stops it when some of its shards are finished, and some not begun."""
+    return held(cli, source, folder, lambda _: 3 <= num_receipts(folder) <= SHARDS // 2)
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +124,10 @@ def test_number_of_workers_leaves_no_trace(cli, source, reference, tmp_path):
 def test_killed_while_planning_the_same_command_ends_in_the_same_bytes(
     cli, source, reference, tmp_path
 ):
-    running = cli.start(*job(source, tmp_path))
-    spools = tmp_path / "out" / ".scratch"
-    assert running.wait_until(lambda: any(spools.glob("*/spool.jsonl")))
-    running.kill_group()
-    assert not (tmp_path / "out" / "plan" / "train" / "plan.json").exists()
+    spools, plan = tmp_path / "out" / ".scratch", tmp_path / "out" / "plan" / "train" / "plan.json"
+    planning = partial(held, cli, source, tmp_path)
+    planning(lambda _: any(spools.glob("*/spool.jsonl")) and not plan.exists()).kill_group()
+    assert not plan.exists()
     cli.good(*job(source, tmp_path))
     assert contents(tmp_path) == contents(reference)
     assert unexpected(tmp_path) == set()
@@ -134,6 +137,7 @@ def test_killed_while_planning_the_same_command_ends_in_the_same_bytes(
 def test_killed_worker_costs_its_shard_and_nothing_else(cli, source, reference, tmp_path):
     running = half_built(cli, source, tmp_path)
     os.kill(running.workers()[0], signal.SIGKILL)
+    running.signal_group(signal.SIGCONT)
     ended = running.wait()
     assert ended.code == 0, ended.err
     assert "a worker died (exit code -9); its shard is built again" in ended.err
@@ -153,10 +157,11 @@ def test_workers_killed_between_two_shards_cost_nothing(cli, source, reference, 
 
 
 def _wait_for_idle_workers(running):
-    """Stops the supervisor and waits until its workers have nothing left to do but wait for it."""
-    os.kill(running.pid, signal.SIGSTOP)
+    """Waits until the workers of a job that is stopped have nothing to do but wait for it."""
     workers = running.workers()
     assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGCONT)
     for worker in workers:
         looks = []
 
@@ -175,6 +180,7 @@ def test_orphans_of_a_killed_supervisor_end_and_do_no_harm(cli, source, referenc
     running = half_built(cli, source, tmp_path)
     orphans = running.workers()
     os.kill(running.pid, signal.SIGKILL)
+    running.signal_group(signal.SIGCONT)
     running.wait()
     # At once, without waiting for the orphans.
     cli.good(*job(source, tmp_path))

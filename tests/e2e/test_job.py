@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -110,9 +111,10 @@ def source(write_parquet, captioned_rows, tmp_path_factory):
 
 
 def interrupt(cli, source, out, *, number, when):
-    running = cli.start(*parquet_job(source, out))
-    assert running.wait_until(lambda: when(running))
+    undo = partial(shutil.rmtree, out)
+    running = cli.start_held(*parquet_job(source, out), when=when, undo=undo)
     running.signal_group(number)
+    running.signal_group(signal.SIGCONT)
     finished = running.wait()
     assert finished.code == 130, finished.err
     assert "Traceback" not in finished.err, finished.err
@@ -134,7 +136,7 @@ def num_receipts(out):
 @pytest.mark.slow
 def test_ctrl_c_while_building_exits_with_130_and_the_same_command_finishes(cli, source, tmp_path):
     out = tmp_path / "out"
-    interrupt(cli, source, out, number=signal.SIGINT, when=lambda _: num_receipts(out) >= 2)
+    interrupt(cli, source, out, number=signal.SIGINT, when=lambda _: 2 <= num_receipts(out) <= 12)
     built = num_receipts(out)
     assert built < 20
     finish(cli, source, out)
@@ -147,10 +149,14 @@ def test_ctrl_c_while_building_exits_with_130_and_the_same_command_finishes(cli,
 def test_ctrl_c_while_workers_start_is_quiet(cli, source, tmp_path, library):
     """A worker that is still importing when Ctrl-C comes has no say, and no traceback."""
 
-    def importing(running):
-        return any(library in _maps(worker) for worker in running.workers())
+    out = tmp_path / "out"
 
-    interrupt(cli, source, tmp_path / "out", number=signal.SIGINT, when=importing)
+    def importing(running):
+        return any(library in _maps(worker) for worker in running.workers()) and not num_receipts(
+            out
+        )
+
+    interrupt(cli, source, out, number=signal.SIGINT, when=importing)
 
 
 def _maps(pid):
@@ -163,10 +169,13 @@ def _maps(pid):
 @pytest.mark.slow
 def test_ctrl_c_while_planning_and_sigterm_while_building_can_be_finished(cli, source, tmp_path):
     out = tmp_path / "out"
-    planning = (out / ".scratch").glob
-    number = signal.SIGINT
-    interrupt(cli, source, out, number=number, when=lambda _: any(planning("*/spool.jsonl")))
-    interrupt(cli, source, out, number=signal.SIGTERM, when=lambda _: num_receipts(out) >= 2)
+    scratch, plan = out / ".scratch", out / "plan" / "train" / "plan.json"
+
+    def planning(_):
+        return any(scratch.glob("*/spool.jsonl")) and not plan.exists()
+
+    interrupt(cli, source, out, number=signal.SIGINT, when=planning)
+    interrupt(cli, source, out, number=signal.SIGTERM, when=lambda _: 2 <= num_receipts(out) <= 12)
     finish(cli, source, out)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import json
+import shutil
 import socket
 from collections import Counter
 
@@ -241,8 +242,11 @@ def test_lost_blob_costs_a_download_and_no_sample(cli, server, write_parquet, tm
     source = write_parquet(tmp_path / "source", captioned(take(40, server.url("/jpeg"))))
     arguments = job(source, tmp_path / "lost", "--num-shards", 20)
     receipts = tmp_path / "lost" / "out" / "receipts"
-    running = cli.start(*arguments)
-    assert running.wait_until(lambda: len([*receipts.glob("*.json")]) >= 2)
+    running = cli.start_held(
+        *arguments,
+        when=lambda _: 2 <= len([*receipts.glob("*.json")]) <= 10,
+        undo=lambda: shutil.rmtree(tmp_path / "lost" / "out"),
+    )
     running.kill_group()
     assert not (tmp_path / "lost" / "out" / "manifest.json").exists()
     planned = [

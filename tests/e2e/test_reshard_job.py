@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,11 @@ def receipts(out):
     return len(list((out / "receipts").glob("*.json"))) if (out / "receipts").is_dir() else 0
 
 
+def held_at(cli, source, out, when):
+    """Starts a copy, and stops it in a state."""
+    return cli.start_held(*copying(source, out), when=when, undo=partial(shutil.rmtree, out))
+
+
 def check_whole_or_nothing(out):
     """What a reader finds after a kill: no dataset, or all of it."""
     manifest = load_manifest(str(out))
@@ -60,9 +66,7 @@ def check_whole_or_nothing(out):
 @pytest.mark.slow
 def test_a_killed_copy_continues_and_ends_as_undisturbed(cli, source, undisturbed, tmp_path):
     before, out = tree(source), tmp_path / "out"
-    running = cli.start(*copying(source, out))
-    assert running.wait_until(lambda: receipts(out) >= 7)
-    running.kill_group()
+    held_at(cli, source, out, lambda _: 7 <= receipts(out) <= 40).kill_group()
     assert 7 <= receipts(out) < 60
     assert load_manifest(str(out)) is None
     finished = cli.good(*copying(source, out))
@@ -75,9 +79,11 @@ def test_a_killed_copy_continues_and_ends_as_undisturbed(cli, source, undisturbe
 @pytest.mark.slow
 def test_a_killed_worker_costs_its_shard_only(cli, source, undisturbed, tmp_path):
     out = tmp_path / "out"
-    running = cli.start(*copying(source, out))
-    assert running.wait_until(lambda: receipts(out) >= 3 and running.workers())
+    running = held_at(
+        cli, source, out, lambda running: 3 <= receipts(out) <= 40 and running.workers()
+    )
     os.kill(running.workers()[0], signal.SIGKILL)
+    running.signal_group(signal.SIGCONT)
     finished = running.wait()
     assert finished.code == 0, finished.err
     assert "its shard is copied again" in finished.err
