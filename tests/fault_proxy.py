@@ -105,12 +105,12 @@ class FaultProxy:
 
     def __enter__(self):
         self._thread.start()
-        assert self._started.wait(10)
+        assert self._started.wait(60)
         return self
 
     def __exit__(self, *_):
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     @property
@@ -191,7 +191,7 @@ class FaultProxy:
     def _on_loop(self, work):
         done = threading.Event()
         self._loop.call_soon_threadsafe(lambda: (work(), done.set()))
-        assert done.wait(10)
+        assert done.wait(60)
 
     def _accept(self, listener):
         with contextlib.suppress(BlockingIOError):

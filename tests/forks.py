@@ -20,11 +20,11 @@ def goes_on_in_a_child(work, *, forked_under):
     thread = threading.Thread(target=hold)
     thread.start()
     try:
-        assert entered.wait(10)
+        assert entered.wait(60)
         child = os.fork()
         if not child:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(10)  # ends it where it hangs
+            signal.alarm(60)  # ends it where it hangs
             try:
                 work()
                 os._exit(0)

@@ -200,7 +200,7 @@ def test_orphans_that_wait_for_work_end_without_a_word(cli, source, tmp_path):
     assert running.err().count("Traceback") == 0, running.err()
 
 
-def _end(pids, *, timeout_s=10):
+def _end(pids, *, timeout_s=60):
     """Waits for processes that are nobody's children any more."""
     stop_s = time.monotonic() + timeout_s
     while any(map(_alive, pids)) and time.monotonic() < stop_s:

@@ -162,7 +162,7 @@ def test_no_file_comes_or_goes_while_somebody_counts(cache):
         time.sleep(0.2)
         assert sorted(os.listdir(cache.blocks)) == [f"{name(1)}.part", f"{name(2)}.part"]
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert os.listdir(cache.blocks) == [name(1)]
 
 
@@ -170,12 +170,12 @@ def test_a_child_forked_while_the_counter_is_locked_holds_up_nobody(cache):
     with cache._counter():
         child = os.fork()
         if not child:  # a DataLoader's worker, which lives on
-            time.sleep(60)
+            time.sleep(600)
             os._exit(0)
     try:
         counting = threading.Thread(target=cache.discard, args=("0-0-1.block",), daemon=True)
         counting.start()
-        counting.join(10)
+        counting.join(60)
         assert not counting.is_alive()
     finally:
         os.kill(child, signal.SIGKILL)
@@ -208,7 +208,7 @@ def test_many_threads_that_open_a_new_folder_at_once_make_one_cache(tmp_path):
 
         def claim(folder=tmp_path / str(i), together=together, errors=errors):
             try:
-                together.wait(10)
+                together.wait(60)
                 BlockCache(str(folder), max_bytes=1000)
             except Exception as error:  # noqa: BLE001 - the test's thread shows it
                 errors.append(error)
@@ -217,7 +217,7 @@ def test_many_threads_that_open_a_new_folder_at_once_make_one_cache(tmp_path):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(10)
+            thread.join(60)
         assert errors == []
         assert sorted(os.listdir(tmp_path / str(i))) == ["blocks", MARKER]
 
@@ -287,7 +287,7 @@ def test_killed_writers_leave_nothing_that_is_trusted(kills, tmp_path):
         for writer in writers:
             assert writer.poll() is None
             writer.send_signal(signal.SIGKILL)
-            writer.wait(30)
+            writer.wait(60)
             writer.stdout.close()
         cache = BlockCache(str(folder), max_bytes=20 * 300_000)
         left_parts += sum(path.suffix == ".part" for path in cache.blocks.iterdir())

@@ -134,12 +134,12 @@ def test_an_index_that_is_being_opened_is_not_fetched_again(s3):
 
     def parse(*args, **options):
         opening.set()
-        assert opened.wait(10)
+        assert opened.wait(60)
         return parse_index(*args, **options)
 
     with mock.patch("loader.reading.remote.parse_index", parse):
         reader.prefetch(0, [0])
-        assert opening.wait(10)
+        assert opening.wait(60)
         reader.prefetch(1, [1])  # of the same shard, whose index has come and is not parsed yet
         opened.set()
         for sample in (0, 1):
@@ -616,7 +616,7 @@ def test_passes_that_are_left_hold_nothing_for_the_rest_of_the_run(s3):
     for epoch in range(4):
         dataset.set_epoch(epoch)
         list(itertools.islice(dataset, 8))
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 60
         states = prefetcher._plan._states
         while any(state.coming or state.wanted for state in list(states.values())):
             assert time.monotonic() < deadline_s

@@ -44,12 +44,12 @@ class FaultyServer:
 
     def __enter__(self) -> FaultyServer:
         self._thread.start()
-        assert self._started.wait(10)
+        assert self._started.wait(60)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._event_loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     def url(self, path: str, *, host: str | None = None) -> str:

@@ -93,7 +93,7 @@ def test_lines_survive_a_killed_process(tmp_path):
         "ledger.append(FetchResult(url='http://h/a', status='ok'))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(path)], timeout=30)
+    done = subprocess.run([sys.executable, "-c", program, str(path)], timeout=60)
     assert done.returncode == -9
     assert set(read_ledger(path)) == {"http://h/a"}
 

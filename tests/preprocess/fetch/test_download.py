@@ -786,7 +786,7 @@ def start_until_hanging(server, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert server.hanging.wait(20)
+    assert server.hanging.wait(60)
     return urls, process
 
 
@@ -795,7 +795,7 @@ def test_killed_process_leaves_nothing_wrong_and_is_taken_up_where_it_was(
 ):
     urls, process = start_until_hanging(server, tmp_path)
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     done = read_ledger(tmp_path / "ledger.jsonl")
     assert {result.status for result in done.values()} <= {"ok"}
@@ -816,7 +816,7 @@ def test_killed_process_leaves_nothing_wrong_and_is_taken_up_where_it_was(
 def test_interrupted_process_ends_cleanly(server, run, cache, tmp_path):
     _, process = start_until_hanging(server, tmp_path)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
     assert stderr.rstrip().endswith("KeyboardInterrupt")
     for complaint in ("Unclosed", "never", "destroyed", "ResourceWarning"):

@@ -39,7 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):  # noqa: N802 - the name is the library's
         if self.number <= self.server.silent:
-            self.server.stalls.wait(30)
+            self.server.stalls.wait(60)
         if self.path == "/busy":
             self.send_response(503)
             self.send_header("Transfer-Encoding", "chunked")
@@ -54,7 +54,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.path == "/stall":
             self.wfile.write(body[:10])
-            self.server.stalls.wait(30)
+            self.server.stalls.wait(60)
         else:
             self.wfile.write(body)
         # Without a word to the client, as servers do with connections that were idle for long.
@@ -72,7 +72,7 @@ def web():
     yield server
     server.stalls.set()
     server.shutdown()
-    thread.join(10)
+    thread.join(60)
     server.server_close()
 
 
@@ -183,7 +183,7 @@ def test_threads_have_connections_of_their_own(web):
 def test_connections_that_were_opened_ahead_are_used(web):
     connections = Connections()
     connections.open_soon(web.endpoint, 3, wait_s=5)
-    stop_s = time.monotonic() + 10
+    stop_s = time.monotonic() + 60
     while web.connections < 3 or sum(map(len, connections._idle.values())) < 3:
         assert time.monotonic() < stop_s
         time.sleep(0.01)
@@ -197,7 +197,7 @@ def test_connections_that_nobody_used_are_closed(web, monkeypatch):
     monkeypatch.setattr(wire, "_IDLE_S", 0.2)
     connections = Connections()
     connections.open_soon(web.endpoint, 3, wait_s=0.1)
-    stop_s = time.monotonic() + 10
+    stop_s = time.monotonic() + 60
     while web.connections < 3 or any(connections._idle.values()):
         assert time.monotonic() < stop_s
         time.sleep(0.01)
@@ -236,7 +236,7 @@ def test_what_fails_while_opening_ahead_fails_silently(fault, web, tmp_path):
     connections = Connections(ca_file=certificates)
     with mock.patch.object(threading, "excepthook") as loud:
         connections.open_soon(url.get(fault, "https://127.0.0.1:1"), 2, wait_s=1)
-        stop_s = time.monotonic() + 10
+        stop_s = time.monotonic() + 60
         while any(connections._opening.values()):
             assert time.monotonic() < stop_s
             time.sleep(0.01)

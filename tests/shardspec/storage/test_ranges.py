@@ -72,7 +72,7 @@ def test_a_connection_that_drips_is_abandoned_for_another(store):
     while not store.proxy.counts["drip"]:
         time.sleep(0.01)
     store.proxy.faults = {}  # other connections are sound; this one never ends
-    reading.join(15)
+    reading.join(60)
     assert got == [PAYLOAD]
     assert reader.counters["retry_slow"] == 1
 
@@ -348,11 +348,11 @@ def web(tmp_path):
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    assert started.wait(10)
+    assert started.wait(60)
     (loop, ending), port = ports
     yield f"http://127.0.0.1:{port}", path
     loop.call_soon_threadsafe(ending.set)
-    thread.join(10)
+    thread.join(60)
 
 
 def test_a_web_server_that_knows_ranges_is_a_store_too(web):
@@ -407,7 +407,7 @@ def test_a_child_process_makes_clients_of_its_own(store, method):
     child = context.Process(target=_read_in_child, args=(reader, store.url, answers))
     child.start()
     assert answers.get(timeout=60) == PAYLOAD[100:200]
-    child.join(30)
+    child.join(60)
     assert child.exitcode == 0
     assert reader.read(store.url, 20, 30) == PAYLOAD[20:30]
 

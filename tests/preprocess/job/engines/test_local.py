@@ -357,7 +357,7 @@ def lives(pid):
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def wait_for(condition, *, timeout_s=30):
+def wait_for(condition, *, timeout_s=60):
     stop_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < stop_s, "waited too long"
@@ -388,4 +388,4 @@ def test_workers_end_when_the_supervisor_is_killed(work, folder, tmp_path):
             assert all(lives(pid) for pid in pids)
         finally:
             supervisor.send_signal(signal.SIGKILL)
-    wait_for(lambda: not any(lives(pid) for pid in pids), timeout_s=10)
+    wait_for(lambda: not any(lives(pid) for pid in pids), timeout_s=60)
