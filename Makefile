@@ -88,9 +88,9 @@ stream: $(VENV)/ready ## print one batch of OUT as training sees it
 	$(call only,DATASET OUT)
 	@$(PY) -m loader peek '$(OUT)'
 
-preview: $(VENV)/ready ## write preview.html: what a step of training on OUT sees
-	$(call only,DATASET OUT)
-	@$(PY) -m loader preview '$(OUT)'
+preview: $(VENV)/ready ## write preview.html: what a step of training on OUT sees; TO=preview.png draws it
+	$(call only,DATASET OUT TO)
+	@$(PY) -m loader preview '$(OUT)' $(if $(filter TO,$(given)),--out $(call quote,$(call one_line,TO)))
 
 train: $(VENV)/ready ## train a small vision-language model on OUT
 	$(call only,DATASET OUT)

@@ -102,6 +102,7 @@ PURE = {
     "preprocess/page/charts.py",
     "preprocess/page/html.py",
     "preprocess/page/parts.py",
+    "preprocess/page/sheet.py",
     "preprocess/report/actions.py",
     "preprocess/report/marks.py",
     "preprocess/report/survey.py",

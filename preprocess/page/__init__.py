@@ -1,4 +1,4 @@
-"""Pages: HTML in one file that loads nothing and needs no script; equal content gives equal bytes.
+"""Pages: HTML in one file without requests and scripts, or a PNG; equal content gives equal bytes.
 
 Decides how what is shown to people looks: elements, charts, pictures, cards. Never decides what is
 shown, and reads nothing.
@@ -15,26 +15,50 @@ from preprocess.page.parts import (
     figure,
     loss_text,
     picture_uri,
+    thumbnail,
+)
+from preprocess.page.sheet import (
+    Block,
+    Figure,
+    draw_sheet,
+    fact_blocks,
+    figure_blocks,
+    fill_block,
+    space_block,
+    table_blocks,
+    text_blocks,
+    token_blocks,
 )
 
 __all__ = [
     "PICTURE_PX",
     "BarChart",
+    "Block",
     "Child",
     "Counts",
+    "Figure",
     "Markup",
     "Piece",
     "Shape",
     "bar_chart",
     "card",
+    "draw_sheet",
     "drawing",
     "element",
+    "fact_blocks",
     "figure",
+    "figure_blocks",
+    "fill_block",
     "histogram_chart",
     "join",
     "loss_text",
     "page",
     "picture_uri",
     "section",
+    "space_block",
     "table",
+    "table_blocks",
+    "text_blocks",
+    "thumbnail",
+    "token_blocks",
 ]

@@ -39,7 +39,12 @@ def escape(text: str) -> Markup:
     >>> escape('<b>&"')
     '&lt;b&gt;&amp;&quot;'
     """
-    return Markup(html.escape(_FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text), quote=True))
+    return Markup(html.escape(printable(text), quote=True))
+
+
+def printable(text: str) -> str:
+    """Replaces control characters, but for spaces and ends of lines, and surrogates."""
+    return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def element(tag: str, /, *children: Child, **attributes: str | int | None) -> Markup:

@@ -46,12 +46,18 @@ def picture_uri(pixels: np.ndarray, *, longest_px: int = PICTURE_PX) -> tuple[st
     Returns:
       (data: URI, width, height).
     """
-    image = Image.fromarray(pixels)
-    image.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
+    image = thumbnail(pixels, longest_px=longest_px)
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=_QUALITY)
     text = base64.b64encode(stream.getvalue()).decode()
     return f"data:image/jpeg;base64,{text}", image.width, image.height
+
+
+def thumbnail(pixels: np.ndarray, *, longest_px: int) -> Image.Image:
+    """Reduces a picture, uint8 [H, W, 3], to a longest side; smaller ones stay as they are."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
+    return image
 
 
 def figure(pixels: np.ndarray, *, alt: str, caption: Child = None, longest_px: int) -> Markup:
@@ -118,7 +124,7 @@ def loss_text(pieces: Sequence[Piece], *, label: str) -> Markup:
     shown = [
         element(
             "mark" if piece.learned else "span",
-            _visible(piece.text),
+            visible(piece.text),
             class_="symbol" if piece.symbol else None,
         )
         for piece in pieces
@@ -132,10 +138,10 @@ def card(title: str, *children: Child, meta: Child = None) -> Markup:
     return element("article", element("h3", title), told, *children, class_="card")
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Makes spaces and ends of lines seen; a line may end in front of a space.
 
-    >>> _visible(" a\\n")
+    >>> visible(" a\\n")
     '\\u200b·a⏎'
     """
     return text.replace(" ", "\u200b·").replace("\n", "⏎").replace("\t", "⇥")

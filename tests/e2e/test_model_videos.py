@@ -10,7 +10,7 @@ from PIL import Image
 from loader import StreamingDataset, View, make_dataloader, model_view
 from loader.assembly import ModelPlanner, ModelView, assemble_for_model
 from loader.assembly.families.collate import ModelCollator
-from loader.cli.preview import preview_page
+from loader.cli.preview import as_html, read_preview
 from preprocess.datasets import get_dataset
 from preprocess.media import ImagePolicy, VideoPolicy
 from preprocess.media.video import VideoFrames
@@ -368,7 +368,7 @@ def test_videos_go_from_files_through_shards_into_packs(inline_cli, tmp_path):
         torch.testing.assert_close(losses, alone[key], rtol=1e-4, atol=2e-5)
     # Pages for people show each patch along time, and each frame.
     words = {"title": "x", "lead": "x", "decode": lambda _: "", "symbols": {}, "model": model}
-    assert preview_page(batch, **words).count("crop 2") == 4
+    assert as_html(read_preview(batch, **words)).count(b"crop 2") == 4
     inline_cli.good("report", tmp_path / "out")
     assert "frame 5 of 5, which are" in (tmp_path / "out" / "report.html").read_text()
     # Another family says so, by row.

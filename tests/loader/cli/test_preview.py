@@ -13,8 +13,11 @@ from PIL import Image
 from loader import IterableDatasetMixture, StreamingDataset, View, make_dataloader
 from loader.__main__ import main
 from loader.assembly import Augment
-from loader.cli.preview import row_pieces
+from loader.cli import preview as preview_module
+from loader.cli.preview import as_html, read_preview, row_pieces, writer_of
 from loader.stream import stored_view
+from preprocess.page import thumbnail
+from shardspec.errors import ConfigError
 from shardspec.manifest import require_manifest
 from tests.pages import checked
 
@@ -44,6 +47,40 @@ def batch_at(url, step, *, rank=0, ranks=1, rows=4, **settings):
             if done == step:
                 return batch
             done += 1
+
+
+def pixels_of(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def contains(image, part, *, left):
+    """Returns True if a part is in an image, with its left edge at a column."""
+    column = image[:, left : left + part.shape[1]]
+    starts = np.flatnonzero((column[: 1 - len(part)] == part[0]).all((1, 2)))
+    return any(np.array_equal(column[y : y + len(part)], part) for y in starts)
+
+
+def test_picture_and_page_show_the_same(preview, tiny_dataset, tmp_path, monkeypatch):
+    made = []
+
+    def spied(*args, **settings):
+        made.append(read_preview(*args, **settings))
+        return made[0]
+
+    monkeypatch.setattr(preview_module, "read_preview", spied)
+    flags = ["--seed", 3, "--global-batch", 1, "--pack"]
+    path = tmp_path / "a.PNG"
+    assert main(["preview", str(tiny_dataset), "--out", str(path), *map(str, flags)]) == 0
+    assert as_html(made[0]).decode() == preview(*flags).document
+    image = pixels_of(path)
+    (card,) = made[0].cards
+    assert len(card.texts) > 1
+    first = np.asarray(thumbnail(card.figures[0].pixels, longest_px=128))
+    assert contains(image, first, left=48)
+    at = len(card.figures) % (1184 // 136)
+    assert contains(image, card.mask.pixels, left=48 + 136 * at)
 
 
 def keys_of(batch):
@@ -142,6 +179,15 @@ def test_impossible_settings_are_one_error(tiny_dataset, tmp_path, capsys, flags
     assert not out.exists()
 
 
+@pytest.mark.parametrize("name", ["preview", "preview.pdf", "a.png/preview", "s3://b/a.png?x=1"])
+def test_another_suffix_is_refused_with_those_that_there_are(name):
+    with pytest.raises(ConfigError) as caught:
+        writer_of(name)
+    assert caught.value.reason == "preview_suffix"
+    assert ".html" in str(caught.value)
+    assert ".png" in str(caught.value)
+
+
 def test_runs_of_a_row_are_pieces():
     pieces = row_pieces(
         [1, 9, 9, 2, 3, 4], [False, False, False, False, True, True], str, {9: "<im_patch>"}
@@ -154,9 +200,11 @@ def test_runs_of_a_row_are_pieces():
     ]
 
 
-def test_text_only_rows_have_no_crops():
-    from loader.cli.preview import preview_page
+def page_of(batch):
+    return as_html(read_preview(batch, title="T", lead="x", decode=str, symbols={})).decode()
 
+
+def test_text_only_rows_have_no_crops():
     batch = {
         "input_ids": torch.tensor([[1, 2, 0]]),
         "labels": torch.tensor([[2, -100, -100]]),
@@ -165,7 +213,7 @@ def test_text_only_rows_have_no_crops():
         "subsegment_ids": torch.tensor([[1, 1, -1]]),
         "metadata": [{"key": "a", "images": []}],
     }
-    page = checked(preview_page(batch, title="T", lead="x", decode=str, symbols={}))
+    page = checked(page_of(batch))
     assert "2 tokens and 1 of padding; 1 under loss; 0 crops" in page.text
 
 
@@ -182,9 +230,7 @@ def packed_pair():
 
 
 def test_targets_that_no_position_holds_are_counted_and_mark_no_other_token():
-    from loader.cli.preview import preview_page
-
-    page = preview_page(packed_pair(), title="T", lead="x", decode=str, symbols={})
+    page = page_of(packed_pair())
     assert "6 tokens and 1 of padding; 4 under loss; 0 crops" in page
     texts = re.findall(r"<(span|mark)>(\[.*?\])</", page.replace("\u200b·", ""))
     assert texts == [("span", "[7,1]"), ("mark", "[2]"), ("span", "[0,3]"), ("mark", "[4]")]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from loader.__main__ import main
 from loader.assembly.families.kernels import unit_shape, write_units
-from loader.cli.preview import model_pictures
+from loader.cli.batch_rows import model_pictures
 from preprocess.report import ReportSettings, make_report
 from shardspec.families import FixedSize, Gemma3, InternVL, Qwen2VL
 from tests import model_folders

@@ -155,6 +155,13 @@ def test_make_hands_on_each_value_as_it_is_typed(make, value):
     ]
 
 
+def test_preview_has_a_file_to_write_that_the_environment_does_not_name(make):
+    wanted = ["[-m]", "[loader]", "[preview]", "[a]"]
+    assert make("preview", "OUT=a", TO="x").stdout.splitlines() == wanted
+    done = make("preview", "OUT=a", "TO=a 'b'.png")
+    assert done.stdout.splitlines() == [*wanted, "[--out]", "[a 'b'.png]"]
+
+
 def test_make_refuses_a_value_of_two_lines(make):
     done = make("filter", "WHERE=a\nb")
     assert (done.returncode, done.stdout) == (2, "")
