@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from loader.cli import VERBS
-from shardspec.errors import ShardsError
+from shardspec.errors import ConfigError, ShardsError
 from shardspec.program import INTERRUPTED, exit_code
 
 
@@ -20,9 +20,11 @@ def _run(argv: list[str] | None) -> int:
     run = next(verb.run for verb in VERBS if verb.name == options.verb)
     try:
         print(run(options))
-    except ShardsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    except (ShardsError, MemoryError) as error:
+        lack = ConfigError("no_memory.loader", error=str(error))
+        failed = error if isinstance(error, ShardsError) else lack
+        print(f"error: {failed}", file=sys.stderr)
+        return failed.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

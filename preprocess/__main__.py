@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from preprocess.cli import VERBS, make_arguments, with_files
 from preprocess.sizes import size_text
-from shardspec.errors import ShardsError
+from shardspec.errors import ConfigError, ShardsError
 from shardspec.program import INTERRUPTED, exit_code
 
 _EPILOG = """
@@ -194,9 +194,11 @@ def _run(run: Callable[[TerminalConsole], int], console: TerminalConsole) -> int
     try:
         signal.signal(signal.SIGTERM, _interrupt)
         return run(console)
-    except ShardsError as error:
-        console.fail(error)
-        return error.exit_code
+    except (ShardsError, MemoryError) as error:
+        lack = ConfigError("no_memory.job", error=str(error))
+        failed = error if isinstance(error, ShardsError) else lack
+        console.fail(failed)
+        return failed.exit_code
     except KeyboardInterrupt:
         console.close()
         print("interrupted; run the same command to resume", file=sys.stderr)

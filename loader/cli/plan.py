@@ -6,6 +6,7 @@ import argparse
 
 from loader.cli.cluster import Cluster, describe_plan, plan_cluster
 from loader.cli.verb import Verb, add_dataset, add_flag
+from loader.stream import require_argument
 from shardspec.manifest import require_manifest
 
 
@@ -23,6 +24,8 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> str:
+    gigabytes = options.cache_gb
+    require_argument(0 <= gigabytes <= 1e9, "cache_gb", gigabytes, "a number from 0 to 10^9")
     plan = plan_cluster(
         require_manifest(options.shards),
         split=options.split,
@@ -30,7 +33,7 @@ def _run(options: argparse.Namespace) -> str:
         global_batch_size=options.global_batch,
         canonical_ranks=options.canonical_ranks,
         seed=options.seed,
-        cache_bytes=round(options.cache_gb * 1e9),
+        cache_bytes=round(gigabytes * 1e9),
         block_bytes=options.block_bytes,
     )
     return describe_plan(plan)

@@ -105,7 +105,7 @@ def require_step(step: object) -> None:
 
 
 def require_count(name: str, value: int) -> None:
-    if not is_whole(value) or value < 1:
+    if not is_whole(value) or not 1 <= value < 2**62:
         raise ConfigError("order_count", where=name, name=name, got=repr(value))
 
 

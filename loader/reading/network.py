@@ -12,6 +12,8 @@ from shardspec.storage import RetryPolicy
 UNCACHED_BLOCK_BYTES = 4 * 2**20
 """Size of blocks where none is cached: they only say which samples may travel together."""
 
+_MOST = 2**62  # as counts of the order
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
@@ -40,7 +42,11 @@ class Network:
     def __post_init__(self) -> None:
         names = ("block_bytes", "ahead_steps", "ahead_bytes", "cold_steps", "requests", "streams")
         given = {name: getattr(self, name) for name in names}
-        wrong = {name: value for name, value in given.items() if value is not None and value < 1}
+        wrong = {
+            name: value
+            for name, value in given.items()
+            if value is not None and not 1 <= value < _MOST
+        }
         if wrong or (self.stall_s is not None and self.stall_s <= 0):
             raise ConfigError("network", facts=wrong or {"stall_s": self.stall_s})
 

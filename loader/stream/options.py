@@ -50,8 +50,9 @@ def whole_argument(name: str, value: Any, *, least: int = 1, most: int = _MOST) 
     Raises:
       ConfigError: `argument`.
     """
-    wanted = f"a whole number of at least {least}"
-    require_argument(is_whole(value) and least <= value < most, name, value, wanted)
+    whole = is_whole(value)
+    wanted = f"below {most}" if whole and value >= most else f"of at least {least}"
+    require_argument(whole and least <= value < most, name, value, f"a whole number {wanted}")
     return int(value)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocess.__main__ import main
+from preprocess.__main__ import main, run_program
 from preprocess.sizes import parse_age_s, parse_bytes
 from shardspec.errors import ConfigError
 
@@ -173,6 +173,22 @@ def test_a_suite_that_is_ended_inside_a_command_ends(inline_cli, monkeypatch, tm
     )
     with pytest.raises(KeyboardInterrupt, match="interrupted"):
         inline_cli.run("verify", tmp_path)
+
+
+@pytest.mark.parametrize("told", ["", "Unable to allocate 32.0 GiB"])
+def test_lack_of_memory_is_code_1_with_a_remedy(monkeypatch, told):
+    failed = []
+
+    def run(console):
+        monkeypatch.setattr(console, "fail", failed.append)
+        raise MemoryError(told)
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert run_program(run) == 1
+    (error,) = failed
+    assert error.reason == "no_memory"
+    assert error.facts == {"error": told}
+    assert error.fix.startswith("lower WORKERS=, IMAGE_MEMORY= or DECODE_MEMORY=")
 
 
 def test_verify_without_a_dataset_is_code_1(inline_cli, tmp_path):
