@@ -24,6 +24,15 @@ _TEXT = TABLE.read_bytes()
 """Read with this module, which takes 0.1 ms: an error may be that there is no descriptor left."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Writes a number with its noun, whose plural ends in s.
+
+    >>> counted(1, "sample"), counted(1_024, "sample")
+    ('1 sample', '1,024 samples')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """The texts of one code, with the facts that they name still in braces."""

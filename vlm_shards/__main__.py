@@ -10,6 +10,7 @@ from preprocess.__main__ import made_by_make, run_program
 from preprocess.cli import Console, add_settings, others_text, read_settings
 from preprocess.job import OthersMissing
 from shardspec.errors import redacted
+from shardspec.messages import counted
 from vlm_shards.features import FeatureSettings, make_features, plan_features
 
 
@@ -48,8 +49,8 @@ def _features(options: argparse.Namespace, console: Console) -> int:
     for split in plan.splits:
         entry = done.manifest.splits[split]
         lines.append(
-            f"{split} has {entry.num_samples:,} samples, {entry.num_images:,} pictures, "
-            f"{entry.num_bytes:,} bytes"
+            f"{split} has {counted(entry.num_samples, 'sample')}, "
+            f"{counted(entry.num_images, 'picture')}, {counted(entry.num_bytes, 'byte')}"
         )
     lines.append(f"backbone {made.fingerprint}")
     lines.append(f"manifest sha256 {done.sha256}")

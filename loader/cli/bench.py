@@ -23,6 +23,7 @@ from loader.dataloader import make_dataloader
 from loader.delivery import STAGES, Stats
 from shardspec import storage
 from shardspec.errors import ConfigError
+from shardspec.messages import counted
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
@@ -149,12 +150,12 @@ def describe_feeding(stats: Stats, *, wall_s: float, model_step_s: float) -> str
     if not waits:
         return (
             f"{told} would not wait: a batch is ready every {batch_s:.3f} s. The work needs "
-            f"{needed} of the {stats.workers} workers of a rank."
+            f"{needed} of the {counted(stats.workers, 'worker')} of a rank."
         )
     return (
         f"{told} would wait {waits:.0%} of its time: a batch is ready every {batch_s:.3f} s. The "
-        f"work needs {needed} workers of a rank, each with a core of its own; this run had "
-        f"{stats.workers}. Measured: {stats.verdict}."
+        f"work needs {counted(needed, 'worker')} of a rank, each with a core of its own; this run "
+        f"had {stats.workers}. Measured: {stats.verdict}."
     )
 
 

@@ -18,6 +18,7 @@ from loader.order import Locality, Order, Slots, Tail, plan_order, rank_position
 from loader.reading import Network, blocks_of
 from shardspec.keyed import dataset_seed
 from shardspec.manifest import FileEntry, Manifest
+from shardspec.messages import counted
 
 _MOST_SLOTS = 2_000_000  # evaluated per plan: about two seconds
 _MOST_NODES = 4
@@ -213,11 +214,12 @@ def describe_plan(plan: ClusterPlan) -> str:
         ),
         (
             "order",
-            f"{plan.layout}, {plan.canonical_ranks} canonical ranks, blocks of {plan.block_size}",
+            f"{plan.layout}, {counted(plan.canonical_ranks, 'canonical rank')}, "
+            f"blocks of {plan.block_size}",
         ),
-        ("steps per epoch", f"{plan.steps_per_epoch:,} on {plan.world_size:,} ranks"),
+        ("steps per epoch", f"{plan.steps_per_epoch:,} on {counted(plan.world_size, 'rank')}"),
         ("bytes per node per epoch", _size(plan.node_bytes_per_epoch)),
-        ("simulated", f"{scope}, {plan.node_samples:,} samples per node"),
+        ("simulated", f"{scope}, {counted(plan.node_samples, 'sample')} per node"),
         ("distinct shards per node", f"{plan.node_shards:,} of {plan.num_shards:,}"),
         (
             "distinct blocks per node",
@@ -234,8 +236,8 @@ def describe_plan(plan: ClusterPlan) -> str:
         ),
         (
             "tail",
-            f"wrap: none; drop_last: {plan.dropped_samples:,} samples left out; "
-            f"pad: {plan.padded_slots:,} slots without weight",
+            f"wrap: none; drop_last: {counted(plan.dropped_samples, 'sample')} left out; "
+            f"pad: {counted(plan.padded_slots, 'slot')} without weight",
         ),
         *[(f'fetched, locality "{each.locality}"', _epochs(each)) for each in plan.fetched],
         ("blocks of a store", plan.blocks),

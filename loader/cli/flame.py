@@ -12,6 +12,8 @@ from types import FrameType, TracebackType
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
+from shardspec.messages import counted
+
 Stack = tuple[str, ...]
 """Functions from the outermost to the one that runs, as "file:function"."""
 
@@ -81,7 +83,7 @@ def draw_flame_graph(stacks: Mapping[Stack, int], *, title: str) -> str:
         f"<title>{escape(title)}</title>\n"
         "<style>text{font:11px monospace;fill:#201408}rect{stroke:#fff;stroke-width:.6}</style>\n"
         f'<rect width="{_WIDTH_PX}" height="{height}" fill="#fff"/>\n'
-        f'<text x="4" y="13">{escape(title)}: {total:,} samples</text>\n'
+        f'<text x="4" y="13">{escape(title)}: {counted(total, "sample")}</text>\n'
         + "\n".join(bars)
         + "\n</svg>\n"
     )

@@ -15,6 +15,7 @@ from preprocess.text import IMAGE_SYMBOLS, Tokenizer, tokenizer_from_entry
 from shardspec import storage
 from shardspec.errors import ShardError
 from shardspec.manifest import TOKENIZER_NAME, Manifest
+from shardspec.messages import counted
 from shardspec.probe import check_stored_tokenizer
 
 
@@ -48,8 +49,8 @@ def _run(options: argparse.Namespace) -> str:
     keys = [metadata["key"] for metadata in batch.pop("metadata")]
     split = manifest.splits[options.split]
     head = (
-        f"{manifest.dataset} {options.split}: {split.num_samples:,} samples, "
-        f"{len(loader):,} steps of {options.batch_size} per epoch"
+        f"{manifest.dataset} {options.split}: {counted(split.num_samples, 'sample')}, "
+        f"{counted(len(loader), 'step')} of {options.batch_size} per epoch"
     )
     shown = [f"--- {key}\n{row}" for key, row in zip(keys, rows, strict=True)]
     legend = "tokens under loss are between ⟦ and ⟧"

@@ -50,6 +50,7 @@ from preprocess.text import IMAGE_SYMBOLS
 from shardspec import storage
 from shardspec.errors import ConfigError
 from shardspec.families import StoredModel
+from shardspec.messages import counted
 
 _CROP_PX = 128
 _MASK_CELLS = 192
@@ -99,12 +100,13 @@ def _run(options: argparse.Namespace) -> str:
     symbols = {ids[name]: name for name in IMAGE_SYMBOLS if name in ids}
     if model is not None:
         symbols = {model.soft_id: model.family.image_token}
+    length = counted(options.sequence_length, "token")
     told = (
         f"{opened.name} {options.split}: step {options.step:,} of a run with seed "
         f"{options.seed}, rank {options.rank} of {options.ranks}, "
-        f"{options.global_batch} rows per step, "
+        f"{counted(options.global_batch, 'row')} per step, "
         + ("augmented, " if options.augment else "not augmented, ")
-        + (f"packed to {options.sequence_length:,} tokens" if options.pack else "one sample a row")
+        + (f"packed to {length}" if options.pack else "one sample a row")
     )
     preview = read_preview(
         batch, title=f"{opened.name}: preview", lead=told, decode=tokenizer.decode,
@@ -287,13 +289,13 @@ def _card(
     crops, padded = len(row.pictures), len(row.ids) - row.used
     dropped = sum(part.get("dropped_branches", 0) for part in row.parts)
     told = (
-        f"{row.used:,} tokens and {padded:,} of padding; {row.num_targets:,} under loss; "
-        f"{crops} crop{'' if crops == 1 else 's'}"
-        + (f"; {dropped} conversations did not fit" if dropped else "")
+        f"{counted(row.used, 'token')} and {padded:,} of padding; {row.num_targets:,} under loss; "
+        f"{counted(crops, 'crop')}"
+        + (f"; {counted(dropped, 'conversation')} did not fit" if dropped else "")
     )
     texts = []
     for part, (start, stop) in zip(row.parts, pairwise(row.borders), strict=False):
-        heading = f"Sample {part['key']}, {stop - start:,} tokens" if several else None
+        heading = f"Sample {part['key']}, {counted(stop - start, 'token')}" if several else None
         pieces = row_pieces(
             row.ids[start:stop].tolist(), row.learned[start:stop].tolist(), decode, symbols
         )
@@ -306,7 +308,7 @@ def _card(
         lengths=[stop - start for start, stop in pairwise(row.borders)],
         length=len(row.ids),
         figures=[Figure(pixels, name, _CROP_PX) for name, pixels in row.pictures[:_MOST_CROPS]],
-        more=f"{rest:,} more crops." if rest else "",
+        more=f"{counted(rest, 'more crop')}." if rest else "",
         texts=texts,
         mask=mask,
         mask_told=f"Attention mask of row {number}: of all pairs of tokens, {share:.0%} are seen",
@@ -344,12 +346,12 @@ def row_pieces(
     for start, stop in pairwise(borders):
         is_image, is_learned = kinds[start]
         if is_image:
-            text = f"{stop - start:,} image tokens"
+            text = counted(stop - start, "image token")
             pieces.append(Piece(text, False, symbol=True))
             continue
         text = decode(list(ids[start:stop]))
         rest = len(text) - _MOST_CHARS
-        text = f"{text[:_MOST_CHARS]} … ({rest:,} more characters)" if rest > 0 else text
+        text = f"{text[:_MOST_CHARS]} … ({counted(rest, 'more character')})" if rest > 0 else text
         pieces.append(Piece(text, is_learned))
     return pieces
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from shardspec.messages import counted
+
 
 def describe_batch(batch: Mapping[str, Any]) -> str:
     """Tabulates the tensors of a batch: key, dtype, shape, range of values."""
@@ -78,7 +80,7 @@ def readable_model_rows(
         row = ids[: sum(mask)]
         learned = [label == token for label, token in zip(labels, row, strict=False)]
         pictures = iter(
-            f"<image {one['width']}×{one['height']}, {one['tokens']} tokens>"
+            f"<image {one['width']}×{one['height']}, {counted(one['tokens'], 'token')}>"
             for one in metadata["images"]
         )
         parts, start = [], 0

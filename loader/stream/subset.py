@@ -28,6 +28,7 @@ from shardspec.expression import (
     scalar_names,
     select,
 )
+from shardspec.messages import counted
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def choose_subset(
         logger.warning("%d of %d keys belong to no sample of %s", unknown, len(wanted), reader.url)
     if not len(chosen):
         request = [f"where={where!r}"] if where else []
-        request += [] if wanted is None else [f"keys= with {len(wanted)} keys"]
+        request += [] if wanted is None else [f"keys= with {counted(len(wanted), 'key')}"]
         raise ConfigError(
             "empty_result.subset",
             where=reader.url,

@@ -8,6 +8,7 @@ from preprocess.annotate import AnnotateSettings, annotate, plan_annotation
 from preprocess.cli.options import add_settings, read_settings
 from preprocess.cli.verbs import Console, Verb
 from shardspec.errors import redacted
+from shardspec.messages import counted
 
 
 def _annotate(options: argparse.Namespace, console: Console) -> int:
@@ -19,7 +20,7 @@ def _annotate(options: argparse.Namespace, console: Console) -> int:
     lines = []
     for split, joined in annotation.joined.items():
         count = done.manifest.splits[split].num_samples
-        lines.append(f"{out}: {split} has {count:,} samples")
+        lines.append(f"{out}: {split} has {counted(count, 'sample')}")
         lines += [
             f"  {name}: {samples:,} missing, stated as {settings.missing[name]!r}"
             for name, samples in joined.filled.items()
@@ -28,7 +29,7 @@ def _annotate(options: argparse.Namespace, console: Console) -> int:
     lines.append("columns: " + ", ".join(f"{name} {types[name]}" for name in sorted(types)))
     unknown = next(iter(annotation.joined.values())).num_unknown
     if unknown:
-        lines.append(f"{unknown:,} rows of {redacted(settings.columns)} belong to no sample")
+        lines.append(f"{counted(unknown, 'row')} of {redacted(settings.columns)} without a sample")
     lines.append(f"manifest sha256 {done.sha256}")
     if not done.fresh:
         lines.append("nothing to do: the dataset is already complete")

@@ -29,6 +29,7 @@ from preprocess.media import ImagePolicy
 from preprocess.settings import Setting
 from preprocess.sizes import age_text, size_text
 from shardspec.errors import ConfigError, redacted
+from shardspec.messages import counted
 from shardspec.tiling import Fit, ImageView, SmallSides
 
 _GROUPS = ("what to build", "text", "images", "videos", "the job", "downloading images")
@@ -218,14 +219,17 @@ def _datasets(options: argparse.Namespace, console: Console) -> int:  # noqa: AR
 def _outcome_text(settings: JobSettings, outcome: Outcome) -> str:
     split, shards = outcome.result.split, outcome.result.manifest.select(settings.split)
     lines = [
-        f"{redacted(settings.out)}: {split.num_samples:,} samples in {len(shards)} shards, "
-        f"{size_text(split.num_bytes)}, {split.num_tokens:,} tokens",
+        f"{redacted(settings.out)}: {counted(split.num_samples, 'sample')} in "
+        f"{counted(len(shards), 'shard')}, {size_text(split.num_bytes)}, "
+        f"{counted(split.num_tokens, 'token')}",
         f"manifest sha256 {outcome.result.sha256}",
         *_row_lines(settings, outcome),
     ]
     if not outcome.fresh:
         compared = outcome.compared
-        files = f"{compared.num_files:,} files of the source {compared.how}" if compared else ""
+        files = ""
+        if compared:
+            files = f"{counted(compared.num_files, 'file')} of the source {compared.how}"
         what = ["the settings", *([files] if files else [])]
         lines.append(
             f"nothing to do: the dataset is already complete (compared: {', '.join(what)})"
@@ -293,7 +297,7 @@ def _download_lines(settings: JobSettings, found: Downloads) -> list[tuple[str, 
     rate = settings.fetch.host_rate
     size = "unknown, as none is there" if found.num_bytes is None else size_text(found.num_bytes)
     return [
-        ("downloads", f"{found.num_urls:,} of {found.num_hosts:,} hosts; bytes: {size}"),
+        ("downloads", f"{found.num_urls:,} of {counted(found.num_hosts, 'host')}; bytes: {size}"),
         (
             "  at least",
             f"{age_text(found.least_s)}: {found.busiest_urls:,} of {found.busiest_host}"

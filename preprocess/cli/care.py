@@ -29,6 +29,7 @@ from preprocess.settings import Setting, usable_cores
 from preprocess.sizes import age_text, parse_age_s, size_text
 from shardspec import storage
 from shardspec.errors import redacted
+from shardspec.messages import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +127,9 @@ def _gc(options: argparse.Namespace, console: Console) -> int:
             remove_strays(out, strays)
     removed, aborted = ("would remove", "abort") if settings.dry_run else ("removed", "aborted")
     console.show(
-        f"{redacted(out)}: {removed} {len(strays.objects)} objects "
-        f"({size_text(strays.num_bytes)}), {aborted} {len(strays.uploads)} unfinished uploads"
+        f"{redacted(out)}: {removed} {counted(len(strays.objects), 'object')} "
+        f"({size_text(strays.num_bytes)}), {aborted} "
+        f"{counted(len(strays.uploads), 'unfinished upload')}"
     )
     if out.startswith("gs://"):
         console.show("unfinished uploads to Google Cloud Storage expire after a week")

@@ -26,6 +26,7 @@ from preprocess.sizes import size_text
 from shardspec import storage
 from shardspec.errors import ShardsError, redacted
 from shardspec.manifest import require_manifest
+from shardspec.messages import counted
 
 PACKAGES = {
     "torch": "",
@@ -160,12 +161,13 @@ def processor() -> Iterator[Finding]:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota = _cpu_quota(Path("/sys/fs/cgroup/cpu.max"))
     if quota is not None and quota < (allowed or 1):
+        cores = counted(allowed or 1, "core")
         yield Finding(
-            "note", "processor", f"{allowed} cores, of which a limit gives {quota:g} at a time",
-            f"use no more than {max(1, int(quota))} workers or threads",
+            "note", "processor", f"{cores}, of which a limit gives {quota:g} at a time",
+            f"use no more workers or threads than {max(1, int(quota))}",
         )  # fmt: skip
     else:
-        yield Finding("ok", "processor", f"{allowed} cores")
+        yield Finding("ok", "processor", counted(allowed or 1, "core"))
 
 
 def _cpu_quota(path: Path) -> float | None:
@@ -216,7 +218,7 @@ def store(url: str, *, write: bool) -> Iterator[Finding]:
             counts = ", ".join(f"{s.num_samples:,} {name}" for name, s in manifest.splits.items())
             yield Finding("ok", "store", f"{shown}: {manifest.dataset}, samples: {counts}")
         else:
-            yield Finding("ok", "store", f"{shown}: {len(names):,} names, no dataset yet")
+            yield Finding("ok", "store", f"{shown}: {counted(len(names), 'name')}, no dataset yet")
         if write:
             name = storage.join(url, f".doctor-{os.getpid()}")
             storage.publish_bytes(name, b"doctor")

@@ -12,6 +12,7 @@ from preprocess.exchange import ExportFormat, ImportSettings, export_index, impo
 from preprocess.settings import Setting
 from preprocess.sizes import size_text
 from shardspec.errors import redacted
+from shardspec.messages import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +28,12 @@ def _import(options: argparse.Namespace, console: Console) -> int:
     imported = import_tars(settings, console)
     split = imported.manifest.splits[settings.split]
     lines = [
-        f"{redacted(settings.out)}: {split.num_samples:,} samples in "
-        f"{len(imported.manifest.shards)} tars, "
+        f"{redacted(settings.out)}: {counted(split.num_samples, 'sample')} in "
+        f"{counted(len(imported.manifest.shards), 'tar')}, "
         f"{size_text(split.num_bytes)}",
         f"manifest sha256 {imported.sha256}",
     ]
-    lines += [f"{n:,} files skipped: {reason}" for reason, n in imported.skipped.items()]
+    lines += [f"{counted(n, 'file')} skipped: {reason}" for reason, n in imported.skipped.items()]
     if imported.repeated is not None:
         lines.append(f"several samples have the key {imported.repeated}: do not filter by keys")
     lines += [f"note: {redacted(note)}" for note in imported.notes]

@@ -31,6 +31,7 @@ from preprocess.text import (
     styles_of,
 )
 from shardspec.errors import ConfigError, SampleError
+from shardspec.messages import counted
 
 _SHOWN_ROWS = 1000
 """Rows that `inspect` looks through for one that becomes an example."""
@@ -50,7 +51,7 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
     if not issubclass(kind, OwnDataset):
         raise ConfigError("inspect_own", dataset=options.dataset)
     dataset = kind(options.split)
-    lines = [f"{options.dataset}: {len(dataset):,} rows, format {kind.spec.format}", ""]
+    lines = [f"{options.dataset}: {counted(len(dataset), 'row')}, format {kind.spec.format}", ""]
     if not options.dataset.endswith(".toml"):
         lines += ["# a spec that works:", *_spec_lines(kind.spec), ""]
     found, looked_at = dataset.image_names
@@ -85,7 +86,9 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
             problems[error.reason] = problems.get(error.reason, 0) + 1
             told.setdefault(error.reason, f"row {item}: {str(error).splitlines()[0]}")
             continue
-        lines += [f"row {item}: {len(images)} images {[_image_text(each) for each in images]}"]
+        lines += [
+            f"row {item}: {counted(len(images), 'image')} {[_image_text(each) for each in images]}"
+        ]
         lines += [f"  video     {_image_text(video)}" for video in example_videos(example)]
         for branch in branches:
             for turn in branch.turns:
@@ -115,8 +118,8 @@ def _sheet_lines(sheet: StyleSheet) -> list[str]:
         style = known[name]
         what = f"like {own.like}" if own.like else "as built in"
         extras = [f"{key} {value}" for key, value in own.attributes]
-        extras += [f"{len(style.templates)} templates"] if style.templates else []
-        extras += [f"{len(style.system)} system prompts"] if style.system else []
+        extras += [counted(len(style.templates), "template")] if style.templates else []
+        extras += [counted(len(style.system), "system prompt")] if style.system else []
         lines.append(f"  {name}: {', '.join([what, f'family {style.family}', *extras])}")
     if sheet.system:
         lines.append(f"  system prompts of the others: {len(sheet.system)}")
@@ -148,7 +151,7 @@ def _image_size(image: Any) -> tuple[int, int] | None:
 
 def _image_text(image: Any) -> str:
     if isinstance(image, bytes):
-        return f"{len(image):,} bytes"
+        return counted(len(image), "byte")
     return image.url if isinstance(image, RemoteImage) else str(image)
 
 

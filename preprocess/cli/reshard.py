@@ -22,6 +22,7 @@ from preprocess.reshard import (
 from preprocess.settings import Setting
 from preprocess.sizes import size_text
 from shardspec.errors import ConfigError, redacted
+from shardspec.messages import counted
 
 _GROUPS = ("what to make", "how", "the job")
 
@@ -115,14 +116,14 @@ def plan_text(plan: ReshardPlan) -> str:
     rows: list[tuple[str, str]] = [("source", redacted(source.url)) for source in plan.sources]
     rows.append(("output", redacted(plan.settings.out)))
     for split in plan.splits:
-        counts = f"{len(split.numbers):,} samples, {size_text(split.num_bytes)}"
+        counts = f"{counted(len(split.numbers), 'sample')}, {size_text(split.num_bytes)}"
         rows.append((f"split {split.split}", counts))
         if split.num_left_out:
             rows.append(("  left out", f"{split.num_left_out:,}"))
         rows.append(("  shards", f"{split.num_shards} ({split.count.rule})"))
     if plan.num_unknown_keys:
         of = len(plan.settings.keys or ())
-        rows.append(("keys", f"{plan.num_unknown_keys:,} of {of:,} keys belong to no sample"))
+        rows.append(("keys", f"{plan.num_unknown_keys:,} of {counted(of, 'key')} without a sample"))
     rows.append(("order", plan.settings.order))
     rows.append(("runs of samples", f"{plan.num_runs:,}"))
     if plan.view:
@@ -144,8 +145,9 @@ def outcome_text(plan: ReshardPlan, outcome: Resharded) -> str:
     for name, split in outcome.manifest.splits.items():
         shards = outcome.manifest.select(name)
         lines.append(
-            f"{out}: {name} has {split.num_samples:,} samples in {len(shards)} "
-            f"shards, {size_text(split.num_bytes)}, {split.num_tokens:,} tokens"
+            f"{out}: {name} has {counted(split.num_samples, 'sample')} in "
+            f"{counted(len(shards), 'shard')}, {size_text(split.num_bytes)}, "
+            f"{counted(split.num_tokens, 'token')}"
         )
     lines.append(f"manifest sha256 {outcome.sha256}")
     if not outcome.fresh:

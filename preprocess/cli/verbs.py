@@ -9,6 +9,7 @@ from typing import Protocol
 
 from preprocess.job import Part, Reporter
 from shardspec.errors import redacted
+from shardspec.messages import counted
 
 
 class Console(Reporter, Protocol):
@@ -57,8 +58,9 @@ class OthersMissing(Protocol):
 
 def others_text(out: str, outcome: OthersMissing) -> str:
     """Describes how such a part has ended."""
+    built = counted(outcome.num_shards, "shard")
     return (
-        f"{redacted(out)}: part {outcome.part} has built its {outcome.num_shards} shards; "
+        f"{redacted(out)}: part {outcome.part} has built {built}, all of its own; "
         f"{outcome.missing_shards} of other parts are missing, and whoever builds the last of them "
         "commits"
     )

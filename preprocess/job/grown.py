@@ -16,6 +16,7 @@ from preprocess.job.job import Job, Reporter
 from preprocess.job.stamps import Compared
 from shardspec.errors import ConflictError, SampleError
 from shardspec.manifest import SplitEntry
+from shardspec.messages import counted
 
 
 def find_growth(job: Job, entry: SplitEntry, report: Reporter) -> Compared | None:
@@ -43,7 +44,7 @@ def find_growth(job: Job, entry: SplitEntry, report: Reporter) -> Compared | Non
     if len(job.dataset) > stored.num_examples:
         job.growth = Growth(generation=generation + 1, before=entry, marks=marks, stored=stored)
         report.note(
-            f"{len(job.examples):,} new rows after {stored.num_examples:,}: generation "
+            f"{counted(len(job.examples), 'new row')} after {stored.num_examples:,}: generation "
             f"{job.generation} of split {job.settings.split}"
         )
     return compared

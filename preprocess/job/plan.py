@@ -17,6 +17,7 @@ import numpy as np
 
 from shardspec.errors import ConfigError
 from shardspec.keyed import hash_text, keyed
+from shardspec.messages import counted
 
 SHARD_MULTIPLE = 8
 """Shard counts are rounded up to a multiple of this, for readers that deal out whole shards."""
@@ -136,7 +137,7 @@ def count_shards(
     1
     """
     if num_shards is not None:
-        requested = f"{num_shards} shards were requested"
+        requested = f"{counted(num_shards, 'shard')} requested"
         return _at_most(num_samples, num_shards, rule=requested, unit=unit)
     by_target = -(-total_bytes // target_bytes)
     rounded = -(-by_target // SHARD_MULTIPLE) * SHARD_MULTIPLE

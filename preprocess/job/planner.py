@@ -95,6 +95,7 @@ from shardspec.errors import (
 from shardspec.index import parse_index
 from shardspec.keyed import hash_text
 from shardspec.manifest import canonical_json, differences, fingerprint, load_manifest
+from shardspec.messages import counted
 
 _URL = re.compile(r"\s*[a-z][a-z0-9+.-]*:[/\\]{2}\S+\s*", re.IGNORECASE)
 
@@ -167,7 +168,7 @@ def load_plan(job: Job, report: Reporter | None = None, *, shared: bool = False)
         if report is not None:
             first = next(iter(compared.changed.items()))
             report.note(
-                f"{compared.num_changed:,} files of the source have changed since the plan was "
+                f"{counted(compared.num_changed, 'file')} of the source changed since the plan was "
                 f"made ({first[0]} {first[1]}): it is made again"
             )
         return None
@@ -261,7 +262,8 @@ def make_plan(
                 num_shards=count.num_shards,
             )
         require_space(job.settings.out, total_bytes)
-        report.note(f"{len(order)} samples in {count.num_shards} shards ({count.rule})")
+        shards = counted(count.num_shards, "shard")
+        report.note(f"{counted(len(order), 'sample')} in {shards} ({count.rule})")
         shares = borders or shard_borders(len(order), num_shards=count.num_shards).tolist()
         firsts = _first_keys(rows) if borders else {}
         rows_sha256 = _write_rows(job, spool, order, shares, firsts, folder, report, check_held)
@@ -545,7 +547,7 @@ def _spool_rows(
             yield _SpooledRow.of(row)
 
     for reason, count in sorted(reasons.items()):
-        report.note(f"{count} rows of the source left out: {reason}")
+        report.note(f"{counted(count, 'row')} of the source left out: {reason}")
     _check_lost(job, reasons, dead_rows=0, rows=num_read)
     num_old = sum(stored.left_out.values()) if stored else 0
     for number, error in islice(job.dataset.left_out_rows(), num_old, None):
@@ -555,7 +557,7 @@ def _spool_rows(
     with job.blobs.writing():
         spool.write(good_rows())
     if warned:
-        report.note(f"{warned:,} images are not those that were annotated (SHA256=warn)")
+        report.note(f"{counted(warned, 'image')} with other bytes than annotated (SHA256=warn)")
     if not keys:
         facts = {**dict(reasons.most_common()), "first": first}
         if job.growth is not None:

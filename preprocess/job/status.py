@@ -28,6 +28,7 @@ from preprocess.job.planner import read_json
 from shardspec import storage
 from shardspec.errors import ManifestError
 from shardspec.manifest import MANIFEST_NAME, load_manifest
+from shardspec.messages import counted
 
 STILL_S = 300.0
 """Seconds without progress from which on they are shown; a lease is 15 s old at most."""
@@ -297,11 +298,11 @@ def status_text(found: OutputStatus, *, duration: Callable[[float], str]) -> lis
       duration: Writes a duration in seconds.
     """
     lines = [
-        f"split {split}: complete, {samples:,} samples in {shards} shards"
+        f"split {split}: complete, {counted(samples, 'sample')} in {counted(shards, 'shard')}"
         for split, (samples, shards) in found.splits.items()
     ]
     for job in found.jobs:
-        of = "no plan yet" if job.num_shards is None else f"{job.num_shards} shards"
+        of = "no plan yet" if job.num_shards is None else counted(job.num_shards, "shard")
         lines.append(f"{job.title}: {job.shards_done} of {of} finished")
         if job.num_shards is None:
             lines[-1] = f"{job.title}: no plan yet"

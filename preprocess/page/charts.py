@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.page.html import Markup, element, escape, table
+from shardspec.messages import counted
 
 _NUM_BINS = 10_000
 _MOST_BARS = 20
@@ -154,7 +155,8 @@ class BarChart:
 def histogram_chart(title: str, counts: Counts, *, unit: str, note: str = "") -> Markup:
     """Draws counts as bars, with their mean and quantiles; of a single value, there is a text."""
     if counts.count and counts.least == counts.most:
-        return _text_only(title, f"{counts.count:,} {unit}, each {counts.least:,}. {note}".strip())
+        told = f"{_counted(counts.count, unit)}, each {counts.least:,}. {note}"
+        return _text_only(title, told.strip())
     bars = counts.bars()
     told = (
         f"{counts.count:,} {unit}: {counts.least:,} to {counts.most:,}, mean {counts.mean:,.1f}, "
@@ -210,11 +212,17 @@ def _ticks(bars: Sequence[Bar]) -> dict[float, str]:
     return {i + shift: _short(bars[i].start) + "+" * (bars[i].stop is None) for i in chosen}
 
 
+def _counted(number: int, unit: str) -> str:
+    return counted(number, unit.removesuffix("s"))
+
+
 def _svg(chart: BarChart) -> Markup:
     drawn = _drawn(json.dumps(_vega_lite(chart)))
     name, count = max(chart.bars, key=lambda bar: bar[1])
-    told = f"{chart.title}: bar chart of {len(chart.bars)} bars, the highest {name} with {count:,}"
-    told = f"{told} {chart.unit}. The numbers are in the table below."
+    told = (
+        f"{chart.title}: bar chart of {counted(len(chart.bars), 'bar')}, the highest {name} with "
+    )
+    told += f"{_counted(count, chart.unit)}. The numbers are in the table below."
     return Markup(drawn.replace("<svg", f'<svg role="img" aria-label="{escape(told)}"', 1))
 
 

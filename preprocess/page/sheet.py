@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from preprocess.page.html import printable
 from preprocess.page.parts import Piece, thumbnail
+from shardspec.messages import counted
 
 MOST_HEIGHT_PX = 16_000
 """Of a sheet, but for its last line: viewers have trouble with higher pictures."""
@@ -76,7 +77,7 @@ def draw_sheet(head: Sequence[Block], cards: Sequence[Sequence[Block]], *, of: s
         if fitting < len(card):
             rest = [f"the end of {of} {i}"] if fitting else []
             whole = len(cards) - i - bool(fitting)
-            rest += [f"{whole:,} more {of}s" if whole > 1 else f"1 more {of}"] if whole else []
+            rest += [counted(whole, f"more {of}")] if whole else []
             (note,) = text_blocks(f"Left out of this picture: {' and '.join(rest)}.", size=16)
             break
     height = bottom + _MARGIN + (note.height + _PAD if note else 0)
@@ -235,7 +236,7 @@ def token_blocks(pieces: Sequence[Piece]) -> list[Block]:
 
         return Block(26, drawn)
 
-    more = text_blocks(f"… ({left:,} more characters)", soft=True) if left else []
+    more = text_blocks(f"… ({counted(left, 'more character')})", soft=True) if left else []
     return [*map(line, lines[:MOST_LINES]), *more]
 
 

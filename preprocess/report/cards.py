@@ -30,6 +30,7 @@ from shardspec.families import PicturePlan, StoredModel, plan_pictures, plan_vid
 from shardspec.features import FEATURES
 from shardspec.manifest import Manifest
 from shardspec.media import decode_stored
+from shardspec.messages import counted
 from shardspec.sample import (
     WEIGHT_ONE,
     Geometry,
@@ -73,8 +74,9 @@ def sample_card(sample: Sample, reader: SampleReader, tokenizer: Tokenizer, *, w
         why,
         f"{sample.split} {sample.number:,}",
         styles,
-        f"{int(row['num_tokens']):,} text tokens, {int(row['num_loss_tokens']):,} of them learned",
-        f"{int(row['num_bytes']):,} bytes",
+        f"{counted(int(row['num_tokens']), 'text token')}, "
+        f"{int(row['num_loss_tokens']):,} of them learned",
+        counted(int(row["num_bytes"]), "byte"),
     ]
     metadata = sample.record.get("metadata")
     return card(
@@ -129,7 +131,7 @@ def _pictures(sample: Sample, reader: SampleReader) -> list[Child]:
         number = f" {i + 1} of {len(sample.images)}" if len(sample.images) > 1 else ""
         view = f"view {views[i]}; " if i < len(views) else ""
         named = sorted({mark.label for mark in own if mark.label})
-        marked = f"; {len(page)} words" if page else ""
+        marked = f"; {counted(len(page), 'word')}" if page else ""
         if own:
             marked += f"; {len(own)} marked" + (f": {', '.join(named)}" if named else "")
         shown.append(
@@ -139,23 +141,25 @@ def _pictures(sample: Sample, reader: SampleReader) -> list[Child]:
                 height,
                 shapes,
                 alt=f"Picture{number} of sample {sample.key}, {view}{size} pixels, {told}{marked}",
-                caption=f"{view}{size}, stored as {stored}, {len(image.payload):,} bytes; {told}; "
-                f"augmentation: {geometry.lower().replace('|', ', ')}{marked}",
+                caption=f"{view}{size}, stored as {stored}, {counted(len(image.payload), 'byte')}; "
+                f"{told}; augmentation: {geometry.lower().replace('|', ', ')}{marked}",
             )
         )
     if len(shown) > 2:
         shown = [element("div", *shown, class_="tiles")]
     for _, video, _, count, _, num_bytes, *_ in clip_rows(sample.spans).tolist():
-        told = f"Video {video + 1} is a clip of {count:,} frames, {num_bytes:,} bytes."
+        size = f"{counted(count, 'frame')}, {counted(num_bytes, 'byte')}"
+        told = f"Video {video + 1} is a clip of {size}."
         shown.append(element("p", told, class_="note"))
     rest = len(sample.images) - _MOST_IMAGES
-    shown.append(element("p", f"{rest} more pictures.", class_="note") if rest > 0 else None)
+    more = f"{counted(rest, 'more picture')}."
+    shown.append(element("p", more, class_="note") if rest > 0 else None)
     return shown
 
 
 def _plan_text(plan: PicturePlan) -> str:
     return (
-        f"{plan.num_tokens:,} image tokens at {plan.resized[1]}×{plan.resized[0]}, "
+        f"{counted(plan.num_tokens, 'image token')} at {plan.resized[1]}×{plan.resized[0]}, "
         f"{plan.grid[0]}×{plan.grid[1]} parts"
     )
 
@@ -182,8 +186,8 @@ def _seen(sample: Sample, manifest: Manifest) -> list[tuple[str, ImageView | Non
         told = []
         for view in views:
             crops, tokens = num_crops(*size, view), num_image_tokens(*size, view)
-            several = "1 crop" if crops == 1 else f"{crops} crops"
-            told.append(f"{several} and {tokens:,} image tokens at {view.size_px} px")
+            shown = f"{counted(crops, 'crop')} and {counted(tokens, 'image token')}"
+            told.append(f"{shown} at {view.size_px} px")
         found.append(("; ".join(told), views[-1]))
     times = {int(row[1]): int(row[6]) / 1000 for row in lead_rows(sample.spans)}
     for _, video, first, count, *_ in video_rows(sample.spans).tolist():
@@ -236,14 +240,14 @@ def _texts(sample: Sample, tokenizer: Tokenizer) -> list[Child]:
     for (branch, turn), rows in turns.items():
         if branch >= _MOST_BRANCHES:
             rest = 1 + max(b for b, _ in turns) - _MOST_BRANCHES
-            shown.append(element("p", f"{rest} more conversations.", class_="note"))
+            shown.append(element("p", f"{counted(rest, 'more conversation')}.", class_="note"))
             break
         title = f"Conversation {branch + 1}, exchange {turn + 1}"
         weight = rows[0][7] / WEIGHT_ONE
         weighed = "" if weight == 1 else f", loss weight {weight:g}"
         ids = [tuple(sample.tokens[row[3] : row[4]].tolist()) for row in rows]
         responses = [tuple(sample.tokens[row[5] : row[6]].tolist()) for row in rows]
-        several = "1 variant" if len(rows) == 1 else f"{len(rows)} variants"
+        several = counted(len(rows), "variant")
         prompts, answers = list(dict.fromkeys(ids)), list(dict.fromkeys(responses))
         if not any(answers) and not any(tokenizer.decode(list(run)).strip() for run in prompts):
             continue  # a line break of a chat template after the last answer
@@ -285,7 +289,7 @@ def token_pieces(
     start = 0
     for stop in range(1, len(ids) + 1):
         if len(pieces) >= _MOST_TOKENS:
-            pieces.append(Piece(f"… {len(ids) - start:,} more tokens", False, symbol=True))
+            pieces.append(Piece(f"… {counted(len(ids) - start, 'more token')}", False, symbol=True))
             break
         text = decode(list(ids[start:stop]))
         incomplete = "\N{REPLACEMENT CHARACTER}" in text and stop - start < 4
@@ -299,4 +303,4 @@ def token_pieces(
 def _shortened(text: str) -> str:
     if len(text) <= _MOST_CHARS:
         return text
-    return f"{text[:_MOST_CHARS]} … ({len(text) - _MOST_CHARS:,} more characters)"
+    return f"{text[:_MOST_CHARS]} … ({counted(len(text) - _MOST_CHARS, 'more character')})"

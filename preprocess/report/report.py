@@ -42,6 +42,7 @@ from shardspec import storage
 from shardspec.errors import ConfigError, ShardError, redacted
 from shardspec.features import FEATURES
 from shardspec.manifest import TOKENIZER_NAME, Manifest, require_manifest
+from shardspec.messages import counted
 from shardspec.probe import check_stored_tokenizer
 
 REPORT_NAME = "report.html"
@@ -358,7 +359,9 @@ def _styles(found: Survey, texts: TextCounts) -> list[Child]:
         element("p", scope, class_="note"),
         table("Tokens by style", head, rows),
         element("div", *charts, class_="charts"),
-        element("p", f"{rest} rarer styles are not shown.", class_="note") if rest > 0 else None,
+        element("p", f"Not shown: {counted(rest, 'rarer style')}.", class_="note")
+        if rest > 0
+        else None,
     ]
 
 
@@ -429,8 +432,8 @@ def _duplicates(reader: SampleReader, split: str, found: Survey, *, same: bool) 
     total = sum(map(len, found.classes))
     share = "" if found.classes_share == 1 else f" in {found.classes_share:.2%} of all samples"
     told = (
-        f"{len(found.classes):,} groups, {total:,} samples{share}, have first images that are "
-        "equal in width, height and bytes."
+        f"{counted(len(found.classes), 'group')}, {counted(total, 'sample')}{share}, have first "
+        "images that are equal in width, height and bytes."
     )
     if found.classes:
         told += (

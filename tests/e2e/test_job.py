@@ -238,7 +238,7 @@ def test_plan_writes_nothing_at_all(inline_cli, source, one_split, tmp_path):
     planned = inline_cli.good(*parquet_job(source, tmp_path / "work" / "out", verb="plan"))
     assert tree(tmp_path / "work") == before == {}
     assert "160" in planned.out
-    assert "20 (20 shards were requested)" in planned.out
+    assert "20 (20 shards requested)" in planned.out
 
     kept = tree(one_split.parent)
     inline_cli.good(*sample_job(one_split, verb="plan"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from loader import __main__ as program
 from loader import cli
 from loader.__main__ import main
 from loader.reading.reader import ShardReader
@@ -58,7 +59,7 @@ def responses(document):
 
 def test_peek_shows_captions_as_learned_text_after_the_picture(shards, capsys):
     out = peek(capsys, shards, "--batch-size", 6, "--sequence-length", 4096)
-    assert out.startswith("pixmo_cap train: 6 samples, 1 steps of 6 per epoch\n")
+    assert out.startswith("pixmo_cap train: 6 samples, 1 step of 6 per epoch\n")
     known = records(shards)
     shown = dict(re.findall(r"^--- (\w+)\n(.*?)(?=^--- |\Z)", out, re.MULTILINE | re.DOTALL))
     assert shown.keys() == known.keys()
@@ -77,6 +78,59 @@ def test_peek_tabulates_the_tensors_of_the_batch(shards, capsys):
     assert re.search(r"float32 +\[2, 1, 576\] +1 to 1", table["image_masks"])
     assert re.search(r"int64 +\[2, 1\] +2 to 2", table["image_input_idx"])
     assert "metadata" not in table
+
+
+@pytest.mark.slow
+def test_one_of_a_kind_is_counted_in_the_singular(inline_cli, capsys, tmp_path):
+    out = tmp_path / "one"
+    source = ("--source", "sample", "--limit", 1, "--cache", tmp_path / "cache")
+    told = [inline_cli.good("shards", "pixmo_cap", *source, "--out", out)]
+    told += [inline_cli.good(verb, out) for verb in ("status", "verify", "gc", "report")]
+    text = "".join(each.out + each.err for each in told) + (out / "report.html").read_text()
+    for verb in (["peek", "--batch-size", 1], ["plan", "--ranks", 1, "--global-batch", 1]):
+        assert main([verb[0], str(out), *map(str, verb[1:])]) == 0
+        text += capsys.readouterr().out
+    assert "1 sample in 1 shard, " in text
+    assert re.findall(r"(?<![\d.,/-])1 [a-z]+s\b.{,30}", text) == []
+
+
+AS_LONG_AS_ASKED = {("bench", "--steps"), ("bench", "--threads"), ("bench", "--processes")}
+
+
+def numbers():
+    """Lists the flags of all verbs that take a number."""
+    (verbs,) = (action for action in program._parser()._actions if action.choices)
+    found = [
+        (verb, action.option_strings[0])
+        for verb, parser in verbs.choices.items()
+        for action in parser._actions
+        if action.type in (int, float)
+    ]
+    return [each for each in found if each not in AS_LONG_AS_ASKED]
+
+
+def test_numbers_that_are_too_large_are_refused_with_the_largest(shards, capsys, tmp_path):
+    assert len(numbers()) > 20
+    more = {"get": ["key"], "which": ["--step", "1"], "preview": ["--out", str(tmp_path / "a.png")]}
+    for verb, flag in numbers():
+        value = "nan" if flag == "--model-step" else str(10**20)
+        code = main([verb, shards, *more.get(verb, []), flag, value])
+        text = capsys.readouterr().err
+        assert code in (0, 1), (verb, flag)
+        assert text[:7] == "error: "[: 7 * code]
+        assert "of at least" not in text
+
+
+def test_lack_of_memory_is_one_block_on_standard_error(shards, capsys, monkeypatch):
+    def run(options):
+        raise MemoryError("Unable to allocate 32.0 GiB")
+
+    monkeypatch.setattr(program, "VERBS", [dataclasses.replace(v, run=run) for v in cli.VERBS])
+    for verb, more in {"peek": [], "bench": ["--batch-size", "9"], "get": ["key"]}.items():
+        assert main([verb, shards, *more]) == 1
+        text = capsys.readouterr().err
+        assert text.startswith("error: not enough memory for what was asked\n  facts: error=Unable")
+        assert "fix:   ask for smaller batches" in text
 
 
 def test_peek_shows_the_same_batch_each_time_and_another_for_another_seed(shards, capsys):

@@ -216,7 +216,7 @@ def test_what_selects_nothing_or_cannot_be_read_is_refused_by_name(url, tmp_path
     assert refused(url, where=" ").reason == "filter_expression"
     error = refused(url, where="num_tokens > 999999", keys=["a"])
     assert error.reason == "empty_result"
-    assert "where='num_tokens > 999999', keys= with 1 keys" in str(error)
+    assert "where='num_tokens > 999999', keys= with 1 key" in str(error)
     assert refused(url, keys=[]).reason == "empty_result"
     assert refused(url, keys=str(tmp_path / "none")).reason == "keys_file"
     assert refused(url, keys=[b"sample-0001"]).reason == "keys_type"

@@ -503,7 +503,7 @@ def test_the_command_line_and_make_take_the_same_settings(source, tmp_path, caps
     shown = capsys.readouterr().out
     assert "train has 20 samples" in shown
     assert "score: 1 missing, stated as 'nan'" in shown
-    assert "1 rows of" in shown
+    assert "1 row of" in shown
     flags = ["--columns", columns, "--dst", out, "--missing", fills, "--unknown-keys", "ignore"]
     assert main(["annotate", source, *flags]) == 0
     assert "nothing to do" in capsys.readouterr().out

@@ -60,7 +60,7 @@ def test_sheet_of_a_flag_is_used_for_any_dataset(data):
 
 def test_inspect_shows_the_sheet_and_a_row_with_it(inline_cli, data):
     shown = inline_cli.good("inspect", data / "mine.toml").out
-    assert "receipt: like vqa2, family qa, 1 templates, 1 system prompts" in shown
+    assert "receipt: like vqa2, family qa, 1 template, 1 system prompt" in shown
     assert "You are a cashier.\\n\\nTotal 0? In euros." in shown
     (data / "other.toml").write_text(SHEET.replace("You are a cashier", "Hm"))
     shown = inline_cli.good("inspect", data / "mine.toml", "--styles", data / "other.toml").out

@@ -20,6 +20,7 @@ from preprocess.job.plan import (
     shard_name,
 )
 from shardspec.keyed import hash_text
+from shardspec.messages import counted
 
 MIB = 2**20
 
@@ -53,7 +54,7 @@ def test_no_shard_is_left_empty(total_bytes, target_bytes, num_samples):
 def test_asked_for_number_is_given_as_far_as_samples_go(num_samples, num_shards):
     found = count_shards(1, target_bytes=MIB, num_samples=num_samples, num_shards=num_shards)
     assert found.num_shards == min(num_shards, num_samples)
-    asked = found.rule == f"{num_shards} shards were requested"
+    asked = found.rule == f"{counted(num_shards, 'shard')} requested"
     assert asked == (num_shards <= num_samples)
 
 

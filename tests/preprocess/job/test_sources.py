@@ -399,7 +399,7 @@ def test_plan_of_a_source_that_has_changed_is_made_again(tmp_path, source, small
     replace_picture(source, small_jpeg)
     report = Quiet()
     assert load_plan(Job(settings), report) is None
-    assert "1 files of the source have changed" in report.notes[0]
+    assert "1 file of the source changed" in report.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -654,7 +654,7 @@ def test_keys_are_whole_lines_and_those_that_no_sample_has_are_counted(dataset, 
     assert settings.keys == {"sample-0003", "sample 0004", "sample-0005"}
     plan = plan_reshard(settings, Quiet())
     assert [len(split.numbers) for split in plan.splits] == [2]
-    assert "1 of 3 keys belong to no sample" in plan_text(plan)
+    assert "1 of 3 keys without a sample" in plan_text(plan)
 
 
 def test_a_copy_that_will_not_fit_is_refused_before_it_begins(dataset, tmp_path, monkeypatch):
