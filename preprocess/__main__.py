@@ -44,7 +44,7 @@ exit codes:
 _PROGRAM = "vlm-shards"
 """Name of the installed program, as pyproject.toml has it."""
 
-_SHELLS = ("bash", "zsh", "tcsh")
+_SHELLS = ("bash", "zsh", "tcsh", "fish")
 
 _UNITS = {
     "fetch": "URL",

@@ -1,5 +1,6 @@
 """The command line: help as golden files, exit codes, errors as one block, sizes."""
 
+import re
 import signal
 import subprocess
 
@@ -86,9 +87,19 @@ def test_bash_completes_verbs_and_flags(typed, completed, capsys, tmp_path):
     assert done.stdout.split() == [completed]
 
 
+def test_fish_has_a_completion_with_verbs_and_flags(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--print-completion", "fish"])
+    assert caught.value.code == 0
+    script = capsys.readouterr().out
+    assert "complete -c vlm-shards" in script
+    for name in ("reshard", "image-size"):
+        assert re.search(rf"^complete .*\b{name}\b", script, re.MULTILINE), name
+
+
 def test_completion_of_an_unknown_shell_is_refused(cli, capsys):
     with pytest.raises(SystemExit):
-        main(["--print-completion", "fish"])
+        main(["--print-completion", "powershell"])
     assert "choose from" in capsys.readouterr().err
 
 
