@@ -566,14 +566,10 @@ class DatasetBase(Dataset):
         """Names an image: the same wherever its folder is; or `whole`, as no other folder does."""
         if isinstance(image, PageImage):  # all pages of a document are of one split
             image = image.document
-        bases = () if whole else self.rows.bases
-        if isinstance(image, Path):
-            base = next((base for base in bases if image.is_relative_to(base)), None)
-            return str(image if base is None else image.relative_to(base))
-        if isinstance(image, RemoteImage):
-            starts = (f"{base.rstrip('/')}/" for base in bases)
-            return image.url.removeprefix(next(filter(image.url.startswith, starts), ""))
-        return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(image)
+        place = image.url if isinstance(image, RemoteImage) else image
+        if isinstance(image, Path | RemoteImage) and not whole:
+            return self.rows.relative_name(place)
+        return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(place)
 
 
 def class_files(kind: type[Dataset]) -> list[Path]:

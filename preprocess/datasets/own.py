@@ -232,7 +232,7 @@ class OwnDataset(DatasetBase):
             lengths=[len(part) for part in parts],
             kind=kind,
             base=base,
-            above=_common_folder([base, *others.values()]) if others else "",
+            others={*others.values()},
             layout=layout,
             origins=[(name, 0) for each in records for name in each.files],
         )
@@ -254,6 +254,7 @@ class OwnDataset(DatasetBase):
             files = [name for each in beside for name in each.files]
             own = _bases(self.spec, files, self.folder)
             names = _first_names(self.spec, [part for each in beside for part in each.parts], own)
+            names = [each for each in names if not os.path.isabs(each)]  # these start nowhere
             # Of equally many the first wins, so `base` is the last one.
             base, (number, _) = _likely_base(names, [*own, self.base])
             _require_one_folder(names, base, own, where=files[0])
@@ -744,11 +745,6 @@ def _differ(path: Path, other: Path) -> bool:
             return one.read(_COMPARED_BYTES) != two.read(_COMPARED_BYTES)
     except OSError:  # it is refused when it is read
         return False
-
-
-def _common_folder(places: Sequence[str]) -> str:
-    """Names the folder or URL that all places are in; "" for none."""
-    return "/".join(os.path.commonprefix([each.split("/") for each in places]))
 
 
 def _listed(value: Any) -> list[Any]:

@@ -12,10 +12,11 @@ whatever the size, and reading at random a piece per jump only where the source 
 from __future__ import annotations
 
 import io
+import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from preprocess.datasets.splits import SplitLayout, Unmatched, folder_layout
@@ -47,7 +48,7 @@ class Rows(Sequence[Mapping[str, Any]]):
         lengths: Sequence[int],
         kind: Mapping[str, Any],
         base: str = "",
-        above: str = "",
+        others: Collection[str] = (),
         layout: SplitLayout | None = None,
         origins: Sequence[tuple[str, int]] = (),
     ) -> None:
@@ -58,7 +59,7 @@ class Rows(Sequence[Mapping[str, Any]]):
           lengths: Rows of each.
           kind: What the manifest says of the source.
           base: Folder or URL that relative image names start from.
-          above: Folder or URL that all images are below, where some names start elsewhere.
+          others: Where the names of some pieces start instead.
           layout: Which files of a folder make which split.
           origins: Of each piece, its file below the folder and the number of its first row there.
         """
@@ -70,7 +71,9 @@ class Rows(Sequence[Mapping[str, Any]]):
         self._last, self._jumped = 0, False
         self.kind = dict(kind)
         self.base = base
-        self.bases = tuple(filter(None, (base, above)))
+        self._others = frozenset(map(PurePosixPath, others))
+        places = [each.split("/") for each in (base, *others)]
+        self._above = "/".join(os.path.commonprefix(places)) if others else ""
         self.layout = layout
         self._origins = origins
 
@@ -120,6 +123,26 @@ class Rows(Sequence[Mapping[str, Any]]):
         row_number = getattr(self._piece(p), "row_number", None)  # a row may be several examples
         return file, first + (i if row_number is None else row_number(i))
 
+    def relative_name(self, place: Path | str) -> str:
+        """Names a file, or an object by its URL: the same wherever the folder of the source is.
+
+        What a name means from `base` has that name, also where another piece's name leads to it;
+        other files of such pieces are named from the folder that all pieces are in.
+        """
+        name = str(place)
+        if isinstance(place, Path):
+            if self.base and place.is_relative_to(self.base):
+                return str(place.relative_to(self.base))
+        elif self.base and name.startswith(start := f"{self.base.rstrip('/')}/"):
+            return name.removeprefix(start)
+        above = PurePosixPath(name).parents if self._others else ()
+        others = [each for each in above if each in self._others]
+        for other in others if isinstance(place, Path) else ():
+            below = place.relative_to(other)
+            if is_same_file(place, Path(self.base, below)):
+                return str(below)
+        return name.removeprefix(f"{self._above}/") if others and self._above else name
+
     def release(self) -> None:
         """Frees the pieces that are held; the next row is read again."""
         self._held.clear()
@@ -167,6 +190,14 @@ class ArrowRows(Sequence[Mapping[str, Any]]):
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for start in range(0, len(self), ROWS_AT_ONCE):
             yield from self._table.slice(start, ROWS_AT_ONCE).to_pylist()
+
+
+def is_same_file(path: Path, other: Path) -> bool:
+    """Returns True for two names of one file."""
+    try:
+        return path.samefile(other)
+    except (OSError, ValueError):  # there is none, or no name of a file
+        return False
 
 
 def _ends_job(error: Exception) -> bool:

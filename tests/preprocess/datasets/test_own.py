@@ -714,6 +714,49 @@ def test_rows_stay_in_their_split_when_another_folder_comes(tmp_path):
     assert after.items() >= before.items()
 
 
+@pytest.mark.parametrize("kind", ["above", "absolute", "beside", "link"])
+def test_an_image_of_two_folders_of_rows_is_in_one_split(kind, tmp_path):
+    """Each name of it counts as what it means from the first folder, as before the second came."""
+    names = {
+        "above": "../images",
+        "absolute": f"{tmp_path}/images",
+        "beside": ".",
+        "link": "images",
+    }
+    spec = tmp_path / "a.toml"
+    spec.write_text('format = "captions"\nsource = "rows*"\nvalidation = 0.5\n')
+    images = tmp_path / ("rows0" if kind == "beside" else "images")
+    images.mkdir()
+    for i in range(12):
+        (images / f"{i}.png").write_bytes(b"")
+
+    def splits(folder):
+        place = tmp_path / folder
+        if folder == "rows1" and kind == "beside":
+            place.symlink_to("rows0")
+            return opened()
+        place.mkdir(exist_ok=True)
+        if kind == "link":
+            (place / "images").symlink_to("../images")
+        rows = [{"image": f"{names[kind]}/{i}.png", "caption": f"{folder} {i}"} for i in range(12)]
+        (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return opened()
+
+    def opened():
+        return [
+            {
+                os.path.realpath(path)
+                for example in dataset_class(str(spec))(split)
+                for path in example["image"]
+            }
+            for split in ("train", "validation")
+        ]
+
+    before, after = splits("rows0"), splits("rows1")
+    assert after == before
+    assert not set.intersection(*after)
+
+
 @pytest.mark.parametrize(
     "rows, other, reason",
     [
