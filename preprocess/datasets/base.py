@@ -566,10 +566,10 @@ class DatasetBase(Dataset):
         """Names an image: the same wherever its folder is; or `whole`, as no other folder does."""
         if isinstance(image, PageImage):  # all pages of a document are of one split
             image = image.document
-        place = image.url if isinstance(image, RemoteImage) else image
-        if isinstance(image, Path | RemoteImage) and not whole:
-            return self.rows.relative_name(place)
-        return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(place)
+        if isinstance(image, Path | RemoteImage):
+            place = image if isinstance(image, Path) else image.url
+            return str(place) if whole else self.rows.relative_name(place)
+        return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(image)
 
 
 def class_files(kind: type[Dataset]) -> list[Path]:

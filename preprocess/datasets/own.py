@@ -203,10 +203,11 @@ class OwnDataset(DatasetBase):
         parts: list[Sequence[Mapping[str, Any]]]
         parts = [part for each in records for part in each.parts]
         bases = _bases(self.spec, files, self.folder)
-        base, self.image_names = _likely_base(_first_names(self.spec, parts, bases), bases)
+        names = _first_names(self.spec, parts, bases)
+        base, self.image_names = _likely_base(names, bases)
         self.base = base
         """Folder or URL that image names start from, where a row does not say another."""
-        self.other_bases = others = self._other_bases(records)
+        self.other_bases = others = self._other_bases(records, names)
         """By file, where another is meant than `base`."""
         rows = list(islice((part[i] for part in parts for i in range(len(part))), FIRST_ROWS))
         rows = [row for row in rows if BROKEN not in row]
@@ -237,7 +238,7 @@ class OwnDataset(DatasetBase):
             origins=[(name, 0) for each in records for name in each.files],
         )
 
-    def _other_bases(self, records: Sequence[Records]) -> dict[str, str]:
+    def _other_bases(self, records: Sequence[Records], names: Sequence[str]) -> dict[str, str]:
         """Finds the files whose image names start elsewhere than at `base`, and where.
 
         Folders may have files of the same names: those beside a file are the ones that it names.
@@ -247,13 +248,15 @@ class OwnDataset(DatasetBase):
             place = each.files[0]
             folder = place if is_folder(place) else place.rpartition("/")[0]
             folders.setdefault(folder, []).append(each)
-        if self.spec.images:
+        if self.spec.images or not (names or "://" in self.base):  # all were looked through
             return {}
         found: dict[str, str] = {}
         for beside in folders.values():
             files = [name for each in beside for name in each.files]
             own = _bases(self.spec, files, self.folder)
-            names = _first_names(self.spec, [part for each in beside for part in each.parts], own)
+            if len(folders) > 1:  # otherwise these are the same rows
+                parts = [part for each in beside for part in each.parts]
+                names = _first_names(self.spec, parts, own)
             names = [each for each in names if not os.path.isabs(each)]  # these start nowhere
             # Of equally many the first wins, so `base` is the last one.
             base, (number, _) = _likely_base(names, [*own, self.base])
@@ -671,7 +674,8 @@ def _bases(spec: Spec, files: Sequence[str], folder: Path) -> list[str]:
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        return sorted(each for each in folder.iterdir() if each.is_dir())[:32]
+        with os.scandir(folder) as entries:  # it may have a million images
+            return sorted(folder / each.name for each in entries if each.is_dir())[:32]
     except OSError:  # it may be nobody's to list
         return []
 
@@ -702,14 +706,25 @@ def _likely_base(names: Sequence[str], bases: Sequence[str]) -> tuple[str, tuple
     Returns:
       The place, and of how many names how many exist there; (0, 0) where none was looked at.
     """
-    best, most = bases[0], -1
-    for base in bases:
-        number = sum(_exists(Path(base, name)) for name in names)
-        if number > most:
-            best, most = base, number
-        if most == len(names):
+    best, most = bases[-1], _num_there(names, bases[-1], least=0)
+    least = most  # an earlier one that is as good goes before the last
+    for base in bases[:-1]:
+        number = _num_there(names, base, least=least)
+        if number >= least:
+            best, most, least = base, number, number + 1
+        if most == len(names) < least:
             break
     return best, (most, len(names))
+
+
+def _num_there(names: Sequence[str], base: str, *, least: int) -> int:
+    """Counts the names that exist below a place, or gives -1 once they must be fewer than that."""
+    missing = 0
+    for name in names:
+        missing += not _exists(Path(base, name))
+        if missing > len(names) - least:
+            return -1
+    return len(names) - missing
 
 
 def _require_one_folder(

@@ -138,8 +138,8 @@ class Rows(Sequence[Mapping[str, Any]]):
         above = PurePosixPath(name).parents if self._others else ()
         others = [each for each in above if each in self._others]
         for other in others if isinstance(place, Path) else ():
-            below = place.relative_to(other)
-            if is_same_file(place, Path(self.base, below)):
+            below = Path(name).relative_to(other)
+            if is_same_file(Path(name), Path(self.base, below)):
                 return str(below)
         return name.removeprefix(f"{self._above}/") if others and self._above else name
 
