@@ -203,7 +203,7 @@ class OwnDataset(DatasetBase):
         parts: list[Sequence[Mapping[str, Any]]]
         parts = [part for each in records for part in each.parts]
         bases = _bases(self.spec, files, self.folder)
-        names = _first_names(self.spec, parts, bases)
+        names = _first_names(self.spec, parts) if "://" not in bases[0] else []
         base, self.image_names = _likely_base(names, bases)
         self.base = base
         """Folder or URL that image names start from, where a row does not say another."""
@@ -254,16 +254,33 @@ class OwnDataset(DatasetBase):
         for beside in folders.values():
             files = [name for each in beside for name in each.files]
             own = _bases(self.spec, files, self.folder)
+            parts = [part for each in beside for part in each.parts]
+            if "://" in own[0]:
+                if own[0] != self.base and self._starts_in(own[0], parts[:1]):
+                    found |= dict.fromkeys(files, own[0])
+                continue
             if len(folders) > 1:  # otherwise these are the same rows
-                parts = [part for each in beside for part in each.parts]
-                names = _first_names(self.spec, parts, own)
+                names = _first_names(self.spec, parts)
             names = [each for each in names if not os.path.isabs(each)]  # these start nowhere
             # Of equally many the first wins, so `base` is the last one.
             base, (number, _) = _likely_base(names, [*own, self.base])
             _require_one_folder(names, base, own, where=files[0])
-            if base != self.base and (number or "://" in base):
+            if base != self.base and number:
                 found |= dict.fromkeys(files, base)
         return found
+
+    def _starts_in(self, folder: str, parts: Sequence[Sequence[Mapping[str, Any]]]) -> bool:
+        """Tells whether names of rows start in their folder of a store, and not at `base`.
+
+        A store is asked only where the folder is below `base`, for the first name.
+        """
+        names = _first_names(self.spec, parts, most=1)
+        below = folder.startswith(f"{self.base}/")
+        return any(
+            not below or _is_stored(name, folder) or not _is_stored(name, self.base)
+            for name in names[:1]
+            if not os.path.isabs(name)
+        )
 
     def _pieces(
         self, parts: Sequence[Sequence[Mapping[str, Any]]]
@@ -681,12 +698,10 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _first_names(
-    spec: Spec, parts: Sequence[Sequence[Mapping[str, Any]]], bases: Sequence[str]
+    spec: Spec, parts: Sequence[Sequence[Mapping[str, Any]]], *, most: int = PROBED_IMAGES
 ) -> list[str]:
-    """Lists the first names of images and videos of rows; [] where nobody can look for them."""
+    """Lists the first names of images and videos of rows, `most` or those of one row more."""
     names: list[str] = []
-    if "://" in bases[0]:
-        return names
     for row in (part[i] for part in parts for i in range(min(len(part), PROBED_IMAGES))):
         try:
             found = parse_row(row, spec) if BROKEN not in row else {}
@@ -695,7 +710,7 @@ def _first_names(
             continue
         names += [each for each in images if isinstance(each, str) and "://" not in each]
         names = [each for each in names if not each.startswith("data:")]
-        if len(names) >= PROBED_IMAGES:
+        if len(names) >= most:
             break
     return names
 
@@ -760,6 +775,14 @@ def _differ(path: Path, other: Path) -> bool:
             return one.read(_COMPARED_BYTES) != two.read(_COMPARED_BYTES)
     except OSError:  # it is refused when it is read
         return False
+
+
+def _is_stored(name: str, base: str) -> bool:
+    try:
+        place = resolve_image(name, base=base)
+    except SampleError:
+        return False
+    return isinstance(place, RemoteImage) and storage.exists(place.url)
 
 
 def _listed(value: Any) -> list[Any]:

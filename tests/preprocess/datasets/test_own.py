@@ -714,6 +714,24 @@ def test_rows_stay_in_their_split_when_another_folder_comes(tmp_path):
     assert after.items() >= before.items()
 
 
+def test_names_of_a_store_start_from_the_folder_above_where_only_that_has_them(tmp_path):
+    url = f"memory://{tmp_path.name}"
+    names = {
+        "rows.jsonl": ("1.png", "1.png"),
+        "x/rows.jsonl": ("x/2.png", "x/2.png"),
+        "y/rows.jsonl": ("3.png", "y/3.png"),
+        "z/rows.jsonl": (f"{url}/z/4.png", "z/4.png"),
+    }
+    for rows, (name, place) in names.items():
+        row = {"image": name, "caption": rows}
+        fsspec.filesystem("memory").pipe_file(f"{url}/{rows}", json.dumps(row).encode())
+        fsspec.filesystem("memory").pipe_file(f"{url}/{place}", b"")
+    dataset = dataset_class(url)("train")
+    found = {each["message_list"][0]["text"]: each["image"][0].url for each in dataset}
+    assert found == {rows: f"{url}/{place}" for rows, (_, place) in names.items()}
+    assert dataset.other_bases == {f"{url}/y/rows.jsonl": f"{url}/y"}
+
+
 @pytest.mark.parametrize("kind", ["above", "absolute", "beside", "link"])
 def test_an_image_of_two_folders_of_rows_is_in_one_split(kind, tmp_path):
     """Each name of it counts as what it means from the first folder, as before the second came."""
