@@ -204,10 +204,16 @@ class OwnDataset(DatasetBase):
         parts = [part for each in records for part in each.parts]
         bases = _bases(self.spec, files, self.folder)
         names = _first_names(self.spec, parts) if "://" not in bases[0] else []
-        base, self.image_names = _likely_base(names, bases)
+        folders = _by_folder(records)
+        usual = _likely_base(names, bases)
+        base, self.image_names = usual
+        if len(folders) > 1 and names:  # the first folder decides: rows of others may come later
+            first = _first_names(self.spec, [p for each in folders[0] for p in each.parts])
+            found = _likely_base(first, bases)
+            base, self.image_names = found if found[1][0] else usual
         self.base = base
         """Folder or URL that image names start from, where a row does not say another."""
-        self.other_bases = others = self._other_bases(records, names)
+        self.other_bases = others = self._other_bases(folders, names, usual[0])
         """By file, where another is meant than `base`."""
         rows = list(islice((part[i] for part in parts for i in range(len(part))), FIRST_ROWS))
         rows = [row for row in rows if BROKEN not in row]
@@ -238,20 +244,18 @@ class OwnDataset(DatasetBase):
             origins=[(name, 0) for each in records for name in each.files],
         )
 
-    def _other_bases(self, records: Sequence[Records], names: Sequence[str]) -> dict[str, str]:
+    def _other_bases(
+        self, folders: Sequence[Sequence[Records]], names: Sequence[str], usual: str
+    ) -> dict[str, str]:
         """Finds the files whose image names start elsewhere than at `base`, and where.
 
-        Folders may have files of the same names: those beside a file are the ones that it names.
+        Folders may have files of the same names: those beside a file are the ones that it names;
+        then come those of the `usual` place, which has most of all first names.
         """
-        folders: dict[str, list[Records]] = {}
-        for each in records:
-            place = each.files[0]
-            folder = place if is_folder(place) else place.rpartition("/")[0]
-            folders.setdefault(folder, []).append(each)
         if self.spec.images or not (names or "://" in self.base):  # all were looked through
             return {}
         found: dict[str, str] = {}
-        for beside in folders.values():
+        for beside in folders:
             files = [name for each in beside for name in each.files]
             own = _bases(self.spec, files, self.folder)
             parts = [part for each in beside for part in each.parts]
@@ -263,7 +267,7 @@ class OwnDataset(DatasetBase):
                 names = _first_names(self.spec, parts)
             names = [each for each in names if not os.path.isabs(each)]  # these start nowhere
             # Of equally many the first wins, so `base` is the last one.
-            base, (number, _) = _likely_base(names, [*own, self.base])
+            base, (number, _) = _likely_base(names, [*own, usual, self.base])
             _require_one_folder(names, base, own, where=files[0])
             if base != self.base and number:
                 found |= dict.fromkeys(files, base)
@@ -695,6 +699,16 @@ def _folders(folder: Path) -> list[Path]:
             return sorted(folder / each.name for each in entries if each.is_dir())[:32]
     except OSError:  # it may be nobody's to list
         return []
+
+
+def _by_folder(records: Sequence[Records]) -> list[list[Records]]:
+    """Groups files of rows by the folder that they are in; a folder of images is one itself."""
+    folders: dict[str, list[Records]] = {}
+    for each in records:
+        place = each.files[0]
+        folder = place if is_folder(place) else place.rpartition("/")[0]
+        folders.setdefault(folder, []).append(each)
+    return list(folders.values())
 
 
 def _first_names(

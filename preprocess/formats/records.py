@@ -496,8 +496,9 @@ class _Sides(Sequence[Row]):
                 else:
                     text = decoded(payload, where=where, encoding=self._encoding)
                     text = text.replace("\r\n", "\n").replace("\r", "\n")
-                    if row.setdefault("text", text) != text:
+                    if row.get("text", text).strip() != text.strip():
                         row[BROKEN] = SampleError("row_members", where=where, name="text")
+                    row["text"] = text
             except (OSError, StorageError) as error:
                 if isinstance(error, StorageError) and not storage.is_local(where):
                     raise  # an outage is not the row's fault

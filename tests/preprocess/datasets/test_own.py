@@ -696,7 +696,8 @@ def test_rows_stay_in_their_split_when_another_folder_comes(tmp_path):
         for folder in folders:
             place = tmp_path / "rows" / folder
             place.mkdir(parents=True)
-            rows = [{"image": f"{i}.png", "caption": f"{folder} {i}"} for i in range(12)]
+            num_rows = 12 if folder < "z" else 30  # most of the names that are looked at
+            rows = [{"image": f"{i}.png", "caption": f"{folder} {i}"} for i in range(num_rows)]
             (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
             for row in rows:
                 (place / row["image"]).write_bytes(b"")
@@ -710,7 +711,7 @@ def test_rows_stay_in_their_split_when_another_folder_comes(tmp_path):
         }
 
     before, after = splits("x"), splits("y", "z")
-    assert (len(before), len(after)) == (12, 36)
+    assert (len(before), len(after)) == (12, 54)
     assert after.items() >= before.items()
 
 

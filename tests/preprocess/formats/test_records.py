@@ -318,13 +318,16 @@ def test_sample_of_a_tar_with_two_members_for_one_column_is_one_bad_row(members,
 
 
 def test_image_with_two_side_files_of_other_texts_is_one_bad_row(tmp_path):
-    for name, texts in (("a", ("A.", "B.")), ("b", ("A.\r\n", "A.\n"))):
+    for name, texts in (("a", ("A.", "B.")), ("b", ("A.\r\n", "A.")), ("c", ("A.", "A.\n"))):
         (tmp_path / f"{name}.png").write_bytes(b"x")
         for suffix, text in zip(("txt", "caption"), texts, strict=True):
             (tmp_path / f"{name}.{suffix}").write_text(text, newline="")
-    bad, good = open_records(str(tmp_path))
+    bad, *good = open_records(str(tmp_path))
     assert bad[BROKEN].reason == "row_members"
-    assert good == {"text": "A.\n", "image": "b.png", "id": "b.png"}
+    assert good == [
+        {"text": "A.", "image": "b.png", "id": "b.png"},
+        {"text": "A.\n", "image": "c.png", "id": "c.png"},
+    ]
 
 
 def test_text_of_a_tar_that_is_not_utf8_is_one_bad_row(tmp_path):
