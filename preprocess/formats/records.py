@@ -553,7 +553,7 @@ class _Tar(Sequence[Row]):
                         row[BROKEN] = self._twice(key, f".{suffix}")
                     members[suffix] = stream.getbuffer()[start : start + member.size].tobytes()
         images: dict[str, bytes] = {}
-        texts: set[str] = set()
+        texts: list[str] = []
         for suffix, payload in members.items():
             last = "." + suffix.rpartition(".")[2]
             if last in IMAGES:
@@ -564,13 +564,13 @@ class _Tar(Sequence[Row]):
             elif last in (".txt", ".caption"):
                 where = f"{self._name}: {key}.{suffix}"
                 try:
-                    texts.add(decoded(payload, where=where, encoding=self._encoding))
+                    texts.append(decoded(payload, where=where, encoding=self._encoding))
                 except SampleError as error:
                     row[BROKEN] = error
-        if len(texts) > 1:
+        if len({text.strip() for text in texts}) > 1:
             row[BROKEN] = self._twice(key, "text")
         if texts:  # a member wins over a field of the same name
-            row["text"] = texts.pop()
+            row["text"] = texts[-1]
         if images:  # as members do here
             row = {name: value for name, value in row.items() if name not in ("images", "url")}
             found = [images[suffix] for suffix in _in_order(list(images))]

@@ -307,7 +307,7 @@ def test_hidden_files_of_a_folder_are_not_looked_at(tmp_path):
 )
 def test_sample_of_a_tar_with_two_members_for_one_column_is_one_bad_row(members, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for key, found in (("1", members), ("2", {"jpg": b"c", "txt": b"A.", "caption": b"A."})):
+        for key, found in (("1", members), ("2", {"jpg": b"c", "txt": b"A.\n", "caption": b"A."})):
             for suffix, payload in found.items():
                 info = tarfile.TarInfo(f"{key}.{suffix}")
                 info.size = len(payload)
