@@ -24,7 +24,7 @@ import tarfile
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -409,7 +409,7 @@ def _scan(folder: str) -> Iterator[tuple[str, frozenset[str]]]:
     """
     if storage.is_local(folder):
         root = storage.local_path(folder)
-        yield from _scan_local(root, "", root.resolve())
+        yield from _scan_local(root, "", root.resolve(), set())
         return
     found = [each.name for each in storage.list_objects(folder)]
     names = frozenset(name for name in found if not is_hidden(name))
@@ -417,7 +417,11 @@ def _scan(folder: str) -> Iterator[tuple[str, frozenset[str]]]:
 
 
 def _scan_local(
-    folder: Path, below: str, root: Path, above: frozenset[tuple[int, int]] = frozenset()
+    folder: Path,
+    below: str,
+    root: Path,
+    followed: set[Path],
+    above: frozenset[tuple[int, int]] = frozenset(),
 ) -> Iterator[tuple[str, frozenset[str]]]:
     # What is below a folder is sorted as the folder's name and "/".
     folders, files = {}, []
@@ -435,19 +439,27 @@ def _scan_local(
             yield name, visible
         elif not name.startswith(".", len(below)):
             inside = folder / name[len(below) :]
-            if not (folders[name] and _leads_back(inside, root, above)):
-                yield from _scan_local(inside, name, root, above)
+            if not folders[name]:  # of a link to a folder, one of which another link may lead
+                if not (followed and inside.resolve() in followed):
+                    yield from _scan_local(inside, name, root, followed, above)
+            elif not _leads_back(inside, root, followed, above):
+                followed.add(inside.resolve())
+                yield from _scan_local(inside, name, root, followed, above)
 
 
-def _leads_back(link: Path, root: Path, above: frozenset[tuple[int, int]]) -> bool:
+def _leads_back(
+    link: Path, root: Path, followed: Collection[Path], above: frozenset[tuple[int, int]]
+) -> bool:
     """Returns True if a link leads to a folder that is found without it, or that it is in.
 
-    A link `latest` to the folder beside it would give all rows twice.
+    A link `latest` to the folder beside it, or to where a link `v1` leads, would give all rows
+    twice.
     """
     target, status = link.resolve(), link.stat()
     if root.is_relative_to(target) or (status.st_dev, status.st_ino) in above:
         return True
-    return target.is_relative_to(root) and not is_hidden(f"{target.relative_to(root)}/")
+    places = [each for each in (target, *target.parents) if each == root or each in followed]
+    return not all(is_hidden(f"{target.relative_to(each)}/") for each in places)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -1095,6 +1095,27 @@ def test_links_give_no_file_twice(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "links, want",
+    [
+        ({"v1": "v1", "latest": "v1"}, ["latest/1", "latest/deep/2"]),
+        ({"a": ".", "b": "v1", "c": "v1/deep"}, ["a/v1/1", "a/v1/deep/2"]),
+        ({"a": "v1/deep", "b": "v1", "c": "."}, ["a/2", "b/1"]),
+        ({"a": ".", "b": "v1/.store", "c": "v1/.store"}, ["a/v1/1", "a/v1/deep/2", "b/3"]),
+    ],
+)
+def test_links_to_folders_elsewhere_give_no_file_twice(links, want, tmp_path):
+    for name in ("v1/1.jsonl", "v1/deep/2.jsonl", "v1/.store/3.jsonl"):
+        (tmp_path / "disk" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "disk" / name).write_bytes(b"")
+    root = tmp_path / "in"
+    root.mkdir()
+    for name, target in links.items():
+        (root / name).symlink_to(tmp_path / "disk" / target)
+    found = [each.removeprefix(f"{root}/") for each in list_files(str(root))]
+    assert found == [f"{each}.jsonl" for each in want]
+
+
 def test_images_below_a_link_have_their_side_files(tmp_path):
     for place in ("in", "disk"):
         (tmp_path / place).mkdir()
