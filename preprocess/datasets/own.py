@@ -694,9 +694,11 @@ def _bases(spec: Spec, files: Sequence[str], folder: Path) -> list[str]:
 
 
 def _folders(folder: Path) -> list[Path]:
+    """Lists the first folders below one, hidden ones last: `.thumbnails` and `images`."""
     try:
         with os.scandir(folder) as entries:  # it may have a million images
-            return sorted(folder / each.name for each in entries if each.is_dir())[:32]
+            found = [folder / each.name for each in entries if each.is_dir()]
+        return sorted(found, key=lambda each: (is_hidden(f"{each.name}/"), each))[:32]
     except OSError:  # it may be nobody's to list
         return []
 
@@ -771,6 +773,8 @@ def _require_one_folder(
         return
     for other in bases:
         if other == base or Path(other).parent != Path(base).parent or other == bases[0]:
+            continue
+        if is_hidden(f"{Path(other).name}/"):
             continue
         if all(_exists(Path(other, name)) for name in there) and any(
             _differ(Path(base, name), Path(other, name)) for name in there

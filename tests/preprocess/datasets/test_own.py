@@ -784,6 +784,8 @@ def test_an_image_of_two_folders_of_rows_is_in_one_split(kind, tmp_path):
         ("rows.jsonl", "copies/1.png", ""),  # the same picture
         ("rows.jsonl", "1.png", ""),  # beside the rows
         ("rows.jsonl", "masks/2.png", ""),
+        ("rows.jsonl", ".thumbnails/1.png", ""),
+        ("rows.jsonl", "__MACOSX/1.png", ""),
         ("annotations/a.jsonl", "train/1.png", "source_folders"),
         ("annotations/a.jsonl", "annotations/below/1.png", ""),
         ("annotations/a.jsonl", "annotations/1.png", ""),
