@@ -12,7 +12,13 @@ from preprocess.job.build import (
     valid_receipts,
 )
 from preprocess.job.columns import publish_columns, read_columns
-from preprocess.job.conflicts import Difference, find_differences, require_same_result, table
+from preprocess.job.conflicts import (
+    Difference,
+    action_quantiles,
+    find_differences,
+    require_same_result,
+    table,
+)
 from preprocess.job.divided import (
     DividedJob,
     OthersMissing,
@@ -60,6 +66,7 @@ __all__ = [
     "OwnDiskOption",
     "PartOption",
     "RayAddressOption",
+    "action_quantiles",
     "check_unfinished",
     "node_proof",
     "read_notes",

@@ -185,6 +185,18 @@ def check_same(old: Manifest, new: Manifest, *, where: str, named: bool = False)
         raise ConflictError("recipe_conflict.job", where=where, table=table(found))
 
 
+def action_quantiles(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Finds what the actions of a split are scaled by; {} where it has none.
+
+    Args:
+      source: What the split is made from, as its manifest says it.
+    """
+    found: object = source
+    for name in ("robot", "statistics", "actions"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return {n: found.get(n) for n in ("q01", "q99")} if isinstance(found, Mapping) else {}
+
+
 def _described(manifest: Manifest, name: str) -> object:
     """Gives what all splits of a dataset share, as an identity has it."""
     kind = "imported tars" if manifest.raw else "shards"

@@ -47,6 +47,7 @@ from preprocess.documents import page_identity
 from preprocess.fetch import FetchResult, UrlSpool, redact, survey_results, unique_urls
 from preprocess.hash_table import HashTable, TextSet
 from preprocess.job.build import quarantine_line, sample_size, scratch_folder
+from preprocess.job.conflicts import action_quantiles, find_differences, table
 from preprocess.job.engines.engine import Engine
 from preprocess.job.fetching import fetch_images
 from preprocess.job.generation import RowMarks, StoredMarks, encode_marks
@@ -94,7 +95,13 @@ from shardspec.errors import (
 )
 from shardspec.index import parse_index
 from shardspec.keyed import hash_text
-from shardspec.manifest import canonical_json, differences, fingerprint, load_manifest
+from shardspec.manifest import (
+    MANIFEST_NAME,
+    canonical_json,
+    differences,
+    fingerprint,
+    load_manifest,
+)
 from shardspec.messages import counted
 
 _URL = re.compile(r"\s*[a-z][a-z0-9+.-]*:[/\\]{2}\S+\s*", re.IGNORECASE)
@@ -180,6 +187,21 @@ def load_plan(job: Job, report: Reporter | None = None, *, shared: bool = False)
     return plan if (plan.generation, plan.parent) == (job.generation, parent) else None
 
 
+def _check_scales(job: Job) -> None:
+    """Refuses a split whose actions would be scaled by other values than those of other splits.
+
+    Raises:
+      ConflictError: `recipe_conflict`.
+    """
+    ours = action_quantiles(job.dataset.rows.kind)
+    manifest = load_manifest(job.settings.out) if ours else None
+    for name, entry in manifest.splits.items() if manifest else ():
+        theirs = action_quantiles(entry.source) if name != job.settings.split else {}
+        if found := find_differences(theirs, ours) if theirs else []:
+            where = job.url(MANIFEST_NAME)
+            raise ConflictError("recipe_conflict.scales", where=where, table=table(found))
+
+
 def make_plan(
     job: Job,
     report: Reporter,
@@ -205,12 +227,14 @@ def make_plan(
 
     Raises:
       BudgetError: `dead_links`, `nothing_left`, `probe_failed`.
-      ConflictError: `source_changed`: the plan differs from the one of that key.
+      ConflictError: `source_changed`: the plan differs from the one of that key; `recipe_conflict`:
+        actions would be scaled otherwise than in the other splits.
       StorageError: `no_space`, and others of the storage.
     """
     check_held()
     drop_plan(job)
     row_stamps = stamp_rows(job.source_files(), content=job.settings.compare == "content")
+    _check_scales(job)
     for line in job.dataset.notes():
         report.note(line)
     storage.publish_bytes(job.identity_url, canonical_json(job.identity, indent=1))

@@ -25,6 +25,7 @@ from preprocess.job import (
     RayAddressOption,
     Reporter,
     ShardCount,
+    action_quantiles,
     find_differences,
     read_columns,
     require_name,
@@ -447,6 +448,17 @@ def _check_alike(sources: Sequence[ReshardSource]) -> None:
         if found:
             raise ConflictError(
                 "columns_conflict", where=source.url, table=table(found, heads=_SOURCES)
+            )
+    scales = [
+        (source.url, scale)
+        for source in sources
+        for entry in source.manifest.splits.values()
+        if (scale := action_quantiles(entry.source))
+    ]
+    for url, scale in scales[1:]:
+        if found := find_differences(scales[0][1], scale):
+            raise ConflictError(
+                "recipe_conflict.merged_scales", where=url, table=table(found, heads=_SOURCES)
             )
 
 

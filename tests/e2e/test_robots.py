@@ -17,7 +17,7 @@ from preprocess.recipe import Preparer, Recipe
 from preprocess.reshard import ReshardSettings, plan_reshard
 from preprocess.text import TextPolicy, load_tokenizer
 from shardspec.actions import ValueStatistics, denormalize, normalize, value_statistics
-from shardspec.errors import ConfigError
+from shardspec.errors import ConfigError, ConflictError
 from shardspec.manifest import require_manifest
 from shardspec.tiling import ImageView
 from tests import inline
@@ -223,3 +223,45 @@ def test_damage_to_files_is_counted_and_the_job_goes_to_its_end(tmp_path, layout
     assert described == value_statistics(good).to_dict()
     found = StreamingDataset(settings.out, seed=1, view=View(image=SMALL))
     assert {found.reader.record(i)["metadata"]["episode"] for i in range(12)} == {0, 1, 3}
+
+
+def test_actions_that_are_scaled_by_other_quantiles_are_not_joined(tmp_path):
+    """Episodes that came after a split was built change the quantiles of those built later."""
+    episodes = episodes_of((3, 2, 4, 3))
+    write_aloha(tmp_path / "x", episodes[:3])
+    text = FILES.replace("{task}", "task") + "    validation_share = 0.5\n"
+    (tmp_path / "arm.py").write_text(text)
+
+    def build(out, split="train"):
+        settings = JobSettings(
+            dataset=f"{tmp_path / 'arm.py'}:Arm",
+            source=str(tmp_path / "x"),
+            out=str(tmp_path / out),
+            cache=str(tmp_path / "cache"),
+            split=split,
+            recipe=RECIPE,
+            num_shards=1,
+        )
+        with inline.jobs():
+            run_job(settings, inline.Quiet())
+        return settings.out
+
+    def merged(*sources):
+        return plan_reshard(ReshardSettings(sources=sources, out="nowhere"), inline.Quiet())
+
+    old, whole = build("old"), build("whole")
+    build("whole", "validation")
+    write_aloha(tmp_path / "x", [*episodes[:3], episodes_of([3], seed=9)[0]])
+    before = require_manifest(old)
+    with pytest.raises(ConflictError) as caught:
+        build("old", "validation")
+    assert caught.value.reason == "recipe_conflict"
+    assert "q01" in caught.value.what
+    assert require_manifest(old) == before
+    with pytest.raises(ConflictError) as caught:
+        merged(old, build("new"))
+    assert caught.value.reason == "recipe_conflict"
+    assert "q99" in caught.value.what
+    with pytest.raises(ConflictError) as caught:
+        merged(old, whole)
+    assert caught.value.reason == "key_collision"
