@@ -216,7 +216,7 @@ MEMBERS = {
         *("resample", "saturation", "standard"),
     ],
     "ClipLimits": ["memory_bytes", "processes", "time_limit_s"],
-    "DeterministicDataset": ["example", "get", "preload", "set_epoch"],
+    "DeterministicDataset": ["epoch", "example", "get", "preload", "set_epoch"],
     "DevicePrefetcher": ["load_state_dict", "state_dict"],
     "IterableDatasetMixture": [
         *("epoch", "fingerprint", "ids", "load_state_dict", "set_epoch", "set_step"),

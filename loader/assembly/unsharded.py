@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from loader.assembly.assemble import assemble
@@ -167,8 +168,15 @@ class DeterministicDataset(Dataset[dict[str, Any]]):
         self.preprocessor = preprocessor
         self.seed = seed
         self.n_pad = n_pad
-        self.epoch = 0
+        # In shared memory, so that workers that outlive a pass see the epoch of the next one.
+        self._epoch = torch.zeros(1, dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._rng = SampleRng()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose draws `[idx]` gives."""
+        return int(self._epoch.item())
 
     def __len__(self) -> int:
         return len(self.dataset) + self.n_pad
@@ -178,7 +186,7 @@ class DeterministicDataset(Dataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose draws `[idx]` gives."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def get(self, idx: int, epoch: int = 0) -> dict[str, Any]:
         """Makes item `idx` of an epoch: the same on every machine, rank and worker."""

@@ -3,6 +3,7 @@ import threading
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from loader.assembly.assemble import assemble
 from loader.assembly.augment import Augment
@@ -96,6 +97,16 @@ def test_epoch_changes_the_draws_and_items_follow_the_set_epoch():
     dataset.set_epoch(3)
     assert dataset[4] == dataset.get(4, epoch=3)
     assert dataset[4] != dataset.get(4, epoch=0)
+
+
+def test_workers_that_outlive_a_pass_follow_the_set_epoch():
+    dataset = DeterministicDataset(Draws(5), tell, seed=7)
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=1, persistent_workers=True, collate_fn=None
+    )
+    for epoch in (0, 2, 1):
+        dataset.set_epoch(epoch)
+        assert [*loader] == [dataset.get(i, epoch) for i in range(5)]
 
 
 def test_draws_do_not_depend_on_what_was_read_before():
