@@ -744,6 +744,7 @@ PASSIVE = (
     "preprocess/datasets/__init__.py",
     "preprocess/datasets/code.py",
     "preprocess/fetch/*.py",
+    "preprocess/job/conflicts.py",
     "preprocess/job/engines/*.py",
     "preprocess/job/fetching.py",
     "preprocess/job/job.py",
