@@ -10,6 +10,7 @@ bytes.
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -73,7 +74,7 @@ def connected(address: str, num_workers: int) -> Iterator[Any]:
         }
     try:
         with _own_sigterm():
-            ray.init(log_to_driver=False, logging_level="ERROR", **known)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **known)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise StorageError("ray_unreachable", where=address or "local", error=error) from error
     try:
